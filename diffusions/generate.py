@@ -1,0 +1,110 @@
+"""From indices to images: one lazy iterable for the PNG writer, the scores and the training previews."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusions.noise import randn
+from diffusions.pixels import to_uint8
+from diffusions.process import GaussianDiffusion, Prediction
+from diffusions.samplers import SAMPLERS, Denoise, Step
+from diffusions.schedules import time_grid
+
+
+class Batch(NamedTuple):
+    """Generated images; image i is a function of (weights, options, seed, i)."""
+
+    indices: Tensor  # [b] int64, which images these are
+    images: Tensor  # [b, C, H, W] uint8, on the CPU
+    frames: Tensor | None = None  # [b, F, C, H, W] uint8, moments along the way, from the noise to the data
+
+
+def denoiser(
+    model: nn.Module, process: GaussianDiffusion, clip: bool, dtype: torch.dtype | None = None, cond: dict | None = None
+) -> Denoise:
+    """`denoise(x, t)` that samplers call: the network (autocast to dtype, if any), the objective and the clipping."""
+
+    def denoise(x: Tensor, t: int) -> Prediction:
+        steps = torch.full((len(x),), t, device=x.device)
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            out = model(x, steps, **(cond or {}))
+        return process.predict(out.to(x.dtype), x, t, clip)
+
+    return denoise
+
+
+@torch.no_grad()
+def trajectory(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    options,
+    indices: Tensor,
+    seed: int,
+    cond: dict | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Step]:
+    """Every step of the images `indices` [b], as one batch. Arguments as in `generate`."""
+    device = next(model.parameters()).device
+    shape = (model.in_channels, model.image_size, model.image_size)
+    draws = iter(range(2**32))
+
+    def next_draw() -> Tensor:
+        return randn(seed, indices, next(draws), shape, device)
+
+    grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
+    denoise = denoiser(model, process, options.clip_denoised, dtype, cond)
+    yield from SAMPLERS[options.sampler](denoise, next_draw(), grid, next_draw, eta=options.eta)
+
+
+def generate(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    options,
+    indices: Sequence[int] | Tensor,
+    seed: int,
+    micro_batch: int,
+    cond: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    n_frames: int = 0,
+    view: str = "x",
+) -> Iterator[Batch]:
+    """Generate the images `indices`, `micro_batch` at a time.
+
+    Args:
+        model: network with in_channels and image_size; in eval mode, else dropout acts.
+        process: the diffusion it was trained for.
+        options: has sampler, skip_type, skip_steps (None: all), eta and clip_denoised: the config's sample section.
+        indices: which images; image i does not depend on which others are asked for.
+        seed: the seed of all noise.
+        micro_batch: images per forward pass; does not change the noise, nor the images beyond rounding.
+        cond: conditioning of the network, one row per index.
+        dtype: autocast precision of the network; None: float32.
+        n_frames: also return that many moments along the way, evenly spaced, the last one the image.
+        view: what frames show: "x" (x_t) or "x0" (its prediction).
+
+    Raises:
+        ValueError: an unknown sampler or skip type, skip_steps outside 1..T, more frames than steps.
+    """
+    if options.sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {options.sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+    steps = len(time_grid(process.alpha_bar, options.skip_type, options.skip_steps))
+    if n_frames > steps:
+        raise ValueError(f"{n_frames} frames were asked of {steps} sampling steps")
+    kept = frame_steps(steps, n_frames)
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    for rows in torch.arange(len(indices)).split(micro_batch):
+        chosen = indices[rows]
+        rows_cond = {name: value[rows.to(value.device)] for name, value in (cond or {}).items()}
+        frames = []
+        for i, step in enumerate(trajectory(model, process, options, chosen, seed, rows_cond, dtype)):
+            if i in kept:
+                frames.append(to_uint8(getattr(step, view)).cpu())
+        images = to_uint8(step.x).cpu()
+        yield Batch(chosen, images, torch.stack(frames, dim=1) if frames else None)
+
+
+def frame_steps(steps: int, n_frames: int) -> list[int]:
+    """Which of 0..steps-1 are shown: n_frames of them, evenly spaced, strictly ascending, the last one included."""
+    return [(i + 1) * steps // n_frames - 1 for i in range(n_frames)]

@@ -1,0 +1,366 @@
+"""The configuration: one typed schema, a YAML file, dotted overrides, in that order of precedence.
+
+The dataclasses below are the only place where a default lives. This module imports neither torch nor the registries, so
+that `--help` and every configuration error come at once; a test holds the Literals equal to the registries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.errors import InputError
+
+Switch = Literal["auto", "true", "false"]
+DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "image_folder"]
+ModelName = Literal["unet"]
+BetaSchedule = Literal["linear", "cosine", "sigmoid", "quad", "const", "jsd"]
+Objective = Literal["pred_eps", "pred_x0", "pred_v"]
+SamplerName = Literal["fixed-large", "fixed-small", "ddim"]
+SkipType = Literal["uniform", "quad", "trailing", "linspace"]
+Precision = Literal["auto", "no", "fp16", "bf16"]
+Extractor = Literal["inception-v3-compat", "dataset-classifier", "vgg16", "clip-vit-b-32", "dinov2-vit-b-14"]
+Metric = Literal["fid", "isc", "kid", "prc"]
+
+
+def key(default: Any, doc: str, ge: float | None = None, gt: float | None = None, le: float | None = None,
+        lt: float | None = None) -> Any:  # fmt: skip
+    """A config key: its default, one line of documentation with the unit, and its legal range."""
+    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Data:
+    name: DatasetName = key("digits", "data set")
+    root: str = key("data", "folder that holds the data set, or receives its download")
+    image_size: int = key(8, "height and width of the images [pixels]", ge=1)
+    channels: int = key(1, "1 (gray) or 3 (RGB); images are converted", ge=1, le=3)
+    random_flip: bool = key(False, "mirror each training image left-right with probability 1/2")
+    num_workers: int = key(4, "worker processes that decode images when they are not cached", ge=0)
+    cache: Switch = key("auto", "hold the decoded data set as uint8 in device memory (auto: when it is under 1 GiB)")
+    download: bool = key(True, "download the data set where it is missing and can be had")
+    valid_fraction: float = key(0.0, "share of the training images held out; 0: the set's own test split", ge=0, lt=1)
+    captions: str | None = key(None, "caption templates; needs model.condition = text")
+
+
+@dataclass
+class Model:
+    name: ModelName = key("unet", "network")
+    dim: int = key(128, "width of the first level [channels]", ge=1)
+    dim_mults: list[int] = key([1, 2, 2, 2], "width of each level as a multiple of dim; each level halves the image")
+    attn_resolutions: list[int] = key([16], "image sizes at which residual blocks are followed by attention [pixels]")
+    num_res_blocks: int = key(2, "residual blocks per level", ge=1)
+    n_heads: int = key(1, "attention heads", ge=1)
+    norm_groups: int = key(32, "groups of every group normalisation; must divide every width", ge=1)
+    dropout: float = key(0.1, "dropout inside residual blocks", ge=0, lt=1)
+    condition: Literal["none"] = key("none", "what the network is conditioned on")
+
+
+@dataclass
+class Diffusion:
+    total_steps: int = key(1000, "T, the number of training timesteps", ge=1)
+    beta_schedule: BetaSchedule = key("linear", "beta_t over t")
+    beta_start: float = key(1e-4, "first beta (linear, sigmoid, quad)", gt=0, lt=1)
+    beta_end: float = key(0.02, "last beta (linear, sigmoid, quad, const)", gt=0, lt=1)
+    zero_terminal_snr: bool = key(False, "rescale the schedule so that alpha_bar_T = 0; needs pred_v or pred_x0")
+    objective: Objective = key("pred_eps", "what the network predicts")
+    learn_variance: bool = key(False, "also predict the variance (2C output channels, hybrid loss)")
+    loss_weighting: Literal["none", "min_snr", "p2"] = key("none", "weight of each timestep's loss")
+    t_sampling: Literal["uniform", "antithetic"] = key("uniform", "how training timesteps are drawn")
+
+
+@dataclass
+class Train:
+    n_steps: int = key(800000, "optimizer updates", ge=1)
+    n_epochs: int | None = key(None, "passes over the training images; replaces n_steps", ge=1)
+    batch_size: int = key(128, "images per optimizer update, over all processes", ge=1)
+    micro_batch: int | None = key(None, "images per forward pass of one process; null: its whole share", ge=1)
+    lr: float = key(2e-4, "peak learning rate of Adam", gt=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = key("constant", "decay to zero at n_steps, or none")
+    warmup_steps: int = key(0, "optimizer updates over which lr rises linearly from 0", ge=0)
+    betas: list[float] = key([0.9, 0.999], "Adam's betas")
+    weight_decay: float = key(0.0, "decoupled weight decay (AdamW)", ge=0)
+    clip_grad_norm: float | None = key(1.0, "largest norm of the whole gradient; null: no clipping", gt=0)
+    ema_decay: float = key(0.9999, "decay of the exponential moving average of the weights, per update", ge=0, lt=1)
+    ema_warmup: bool = key(True, "decay = min(ema_decay, (1+n)/(10+n)) after n updates")
+    mixed_precision: Precision = key("auto", "auto: the launcher's flag, else bf16 where it is native and pays")
+    compile: Switch = key("auto", "torch.compile the network (auto: where it is measured to pay)")
+    deterministic: Switch = key("auto", "bit-identical resume; auto: true on the CPU")
+    gradient_checkpointing: bool = key(False, "recompute residual blocks in the backward pass to save memory")
+    condition_dropout: float = key(0.0, "probability of dropping the condition; needs model.condition", ge=0, le=1)
+    log_every: int = key(50, "updates between log lines", ge=1)
+    log_with: Literal["tensorboard", "none"] = key("tensorboard", "tracker beside metrics.jsonl")
+    save_every: int = key(5000, "updates between checkpoints (one is always made at the end)", ge=1)
+    sample_every: int = key(5000, "updates between previews", ge=1)
+    valid_every: int = key(5000, "updates between validation losses", ge=1)
+    evaluate_every: int | None = key(None, "updates between scores with dataset-classifier; null: never", ge=1)
+    keep_last: int | None = key(3, "newest checkpoints to keep; null: all", ge=1)
+    n_samples: int = key(64, "images in a preview", ge=1)
+    n_valid: int = key(2048, "validation images used at most", ge=1)
+    max_hours: float | None = key(None, "save and stop after this wall time [hours]", gt=0)
+    max_bad_steps: int = key(20, "stop after so many updates in a row with a non-finite gradient", ge=1)
+    profile: bool = key(False, "write a Chrome trace of steps 10 to 14 of this start")
+
+
+@dataclass
+class Sample:
+    sampler: SamplerName = key("fixed-large", "reverse process; its variance type")
+    skip_type: SkipType = key("uniform", "which S of the T timesteps are visited")
+    skip_steps: int | None = key(None, "S, the number of sampling steps; null: all T", ge=1)
+    eta: float = key(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as DDPM", ge=0, le=1)
+    clip_denoised: bool = key(True, "clip the predicted x0 to [-1, 1] at every step")
+    guidance_scale: float = key(1.0, "classifier-free guidance; other than 1 needs model.condition", ge=0)
+    mixed_precision: Precision = key("auto", "precision of the network while sampling (auto: as train's auto)")
+    compile: Switch = key("auto", "torch.compile the network while sampling")
+
+
+@dataclass
+class Evaluate:
+    metrics: list[Metric] = key(["fid", "isc", "kid", "prc"], "scores to compute")
+    n_samples: int = key(50000, "images to generate", ge=1)
+    feature_extractor: Extractor = key("inception-v3-compat", "network whose features are compared")
+    feature_extractor_weights: str | None = key(None, "local weights file of the extractor; null: its own download")
+    batch_size: int = key(128, "images per forward pass of the extractor", ge=1)
+    kid_subset_size: int = key(1000, "images per KID subset; smaller when there are fewer", ge=2)
+    cache_dir: str = key("data/cache", "folder for classifiers and reference features, named by content hashes")
+
+
+@dataclass
+class Config:
+    seed: int = key(0, "seed of initialisation, data order, timesteps, noise and dropout", ge=0)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    train: Train = field(default_factory=Train)
+    sample: Sample = field(default_factory=Sample)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """One leaf of the schema: dotted name, type, default, and its documentation and range."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    range: dict[str, float | None]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Legal words of a Literal, or of a list of Literals; empty for every other type."""
+        kind = self._inner
+        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+        return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in typing.get_args(self.type)
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self._inner) is list
+
+    @property
+    def _inner(self) -> Any:
+        if isinstance(self.type, types.UnionType):
+            return next(arg for arg in typing.get_args(self.type) if arg is not type(None))
+        return self.type
+
+    @property
+    def type_name(self) -> str:
+        """The type in words: `int`, `float or null`, `one of a, b, c`, `list of int`."""
+        if self.choices:
+            words = ("list of " if self.is_list else "one of ") + ", ".join(self.choices)
+        elif self.is_list:
+            words = f"list of {typing.get_args(self._inner)[0].__name__}"
+        else:
+            words = {"str": "text"}.get(self._inner.__name__, self._inner.__name__)
+        return words + (" or null" if self.optional else "")
+
+    @property
+    def range_name(self) -> str:
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        return " and ".join(f"{signs[name]} {bound:g}" for name, bound in self.range.items() if bound is not None)
+
+
+def _walk(cls: type, prefix: str = "") -> dict[str, KeyInfo]:
+    hints, found = typing.get_type_hints(cls), {}
+    for item in fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            found |= _walk(hints[item.name], f"{prefix}{item.name}.")
+            continue
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        bounds = {name: item.metadata[name] for name in ("ge", "gt", "le", "lt")}
+        found[prefix + item.name] = KeyInfo(prefix + item.name, hints[item.name], default, item.metadata["doc"], bounds)
+    return found
+
+
+KEYS: dict[str, KeyInfo] = _walk(Config)
+
+
+def nearest(word: str, words: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for the closest of `words`, else an empty string."""
+    words = list(words)
+    close = difflib.get_close_matches(word, words, 1, 0.6)
+    if not close:  # the right key under the wrong or no section
+        last = [name for name in words if name.split(".")[-1] == word.split(".")[-1]]
+        close = last[:1] or difflib.get_close_matches(word.split(".")[-1], [w.split(".")[-1] for w in words], 1, 0.6)
+        close = [next(w for w in words if w.split(".")[-1] == c.split(".")[-1]) for c in close]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown(name: str, where: str) -> InputError:
+    if any(known.startswith(name + ".") for known in KEYS):
+        return InputError(f"{where}: {name} is a section: set one of its keys, such as {name}.{_first_key(name)}")
+    return InputError(f"{where}: unknown key {name}{nearest(name, KEYS) or ' (--help lists all keys)'}")
+
+
+def _first_key(section: str) -> str:
+    return next(name for name in KEYS if name.startswith(section + ".")).split(".")[-1]
+
+
+def _normal(info: KeyInfo, value: Any) -> Any:
+    """Spellings that mean the same: null words, YAML's booleans for a switch, `fixed_large` for `fixed-large`."""
+    if isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "") and info.optional:
+        return None
+    if isinstance(value, str) and "${" in value:
+        raise InputError(f"{info.name} = {value!r}: interpolations are not supported, write the value itself")
+    if isinstance(value, list):
+        return [_normal_word(info, item) for item in value]
+    return _normal_word(info, value)
+
+
+def _normal_word(info: KeyInfo, value: Any) -> Any:
+    if not info.choices:
+        return value
+    word = str(value).strip().lower() if isinstance(value, bool) else str(value).strip()
+    if word not in info.choices:
+        word = {"True": "true", "False": "false"}.get(word, word)
+        swapped = [choice for choice in info.choices if choice.replace("_", "-") == word.replace("_", "-")]
+        word = swapped[0] if swapped else word
+    return word
+
+
+def set_key(config: DictConfig, name: str, value: Any, where: str) -> None:
+    """Put `value` (raw text, or a YAML scalar or list) under the dotted key `name`.
+
+    Raises:
+        InputError: unknown key, a value of the wrong type or out of range, an index outside a list.
+    """
+    base, _, index = name.partition("[")
+    if base not in KEYS:
+        raise _unknown(base, where)
+    info = KEYS[base]
+    wanted = info.type_name + (f", {info.range_name}" if info.range_name else "")
+    wrong = InputError(f"{where}: {base} = {value!r}: wanted {wanted}{_guess(info, value)}")
+    if index:
+        current = OmegaConf.select(config, base)
+        if not info.is_list or not index.endswith("]") or not index[:-1].isdigit() or int(index[:-1]) >= len(current):
+            have = f"{base} has {len(current)} entries" if info.is_list else f"{base} is not a list"
+            raise InputError(f"{where}: {name}: no such entry: {have}")
+        name = f"{base}.{index[:-1]}"
+    elif info.is_list and isinstance(value, str):
+        value = _parse_list(value, wrong)
+    try:
+        value = _normal(info, value)
+        if isinstance(value, dict) or (isinstance(value, list) != (info.is_list and not index) and value is not None):
+            raise wrong
+        if isinstance(value, bool) and info._inner is not bool:
+            raise wrong
+        if info.choices and any(v not in info.choices for v in (value if isinstance(value, list) else [value])):
+            raise wrong
+        OmegaConf.update(config, name, value, merge=False)
+        result = OmegaConf.select(config, base)
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        raise wrong from error
+    if not _in_range(info, result):
+        raise wrong
+
+
+def _parse_list(text: str, wrong: InputError) -> list:
+    """`[1,2,2]` -> [1, 2, 2]; entries keep their text, the typed node converts them."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        raise wrong
+    return [item.strip().strip("'\"") for item in text[1:-1].split(",")] if text[1:-1].strip() else []
+
+
+def _guess(info: KeyInfo, value: Any) -> str:
+    return nearest(str(value), info.choices) if info.choices else ""
+
+
+def _in_range(info: KeyInfo, value: Any) -> bool:
+    numbers = list(value) if info.is_list else [value]
+    numbers = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
+    low, above, high, below = (info.range[name] for name in ("ge", "gt", "le", "lt"))
+    return all(
+        math.isfinite(n)
+        and (low is None or n >= low)
+        and (above is None or n > above)
+        and (high is None or n <= high)
+        and (below is None or n < below)
+        for n in numbers
+    )
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The leaves of a YAML file as {dotted key: value}. Raises InputError for a missing or malformed file."""
+    import yaml  # omegaconf's own dependency; only its error type is needed
+
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"config file {path} is a folder") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, ValueError) as error:
+        raise InputError(f"config file {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"config file {path} must hold sections (data:, model:, ...), not a list")
+    return flatten(OmegaConf.to_container(loaded, resolve=False))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{'train': {'lr': 1}} -> {'train.lr': 1}; empty sections vanish, lists are leaves."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        is_section = any(known.startswith(dotted + ".") for known in KEYS)
+        if isinstance(value, dict) and (is_section or not prefix or value):
+            flat |= flatten(value, dotted + ".")
+        elif not (value is None and is_section):
+            flat[dotted] = value
+    return flat
+
+
+def merge(*layers: tuple[str, dict[str, Any]], base: DictConfig | None = None) -> DictConfig:
+    """Schema defaults (or `base`), then each (where it came from, {dotted key: value}) in turn; typed, not yet checked."""
+    config = OmegaConf.structured(Config) if base is None else base.copy()
+    for where, values in layers:
+        for name, value in values.items():
+            set_key(config, name, value, where)
+    return config
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The whole configuration as YAML, readable by `-c`."""
+    return OmegaConf.to_yaml(config)
+
+
+def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old value, new value)} of the keys in which two configurations differ."""
+    pairs = {name: (OmegaConf.select(old, name), OmegaConf.select(new, name)) for name in KEYS}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

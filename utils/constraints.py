@@ -1,0 +1,118 @@
+"""What must hold between config keys, checked before any work and before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+from omegaconf import DictConfig
+
+from utils.errors import InputError
+
+TAKES_ETA = ("ddim",)  # a test holds this equal to the registry of samplers
+
+
+def check(config: DictConfig) -> None:
+    """Raise InputError for the first combination of keys that can't work."""
+    _check_model(config)
+    _check_diffusion(config)
+    _check_train(config)
+    _check_sample(config)
+
+
+def level_sizes(config: DictConfig) -> list[int]:
+    """Image size at each level of the U-Net [pixels]."""
+    return [config.data.image_size >> level for level in range(len(config.model.dim_mults))]
+
+
+def _check_model(config: DictConfig) -> None:
+    data, model = config.data, config.model
+    if data.channels == 2:
+        raise InputError("data.channels = 2: wanted 1 (gray) or 3 (RGB)")
+    if not model.dim_mults or min(model.dim_mults) < 1:
+        raise InputError(f"model.dim_mults = {list(model.dim_mults)}: wanted one positive multiple per level")
+    factor = 2 ** (len(model.dim_mults) - 1)
+    if data.image_size % factor:
+        near = max(factor, round(data.image_size / factor) * factor)
+        raise InputError(
+            f"data.image_size = {data.image_size}: the {len(model.dim_mults)} levels of model.dim_mults halve it "
+            f"{len(model.dim_mults) - 1} times, so it must be a multiple of {factor}, such as {near}"
+        )
+    sizes = level_sizes(config)
+    for size in model.attn_resolutions:
+        if size not in sizes:
+            raise InputError(
+                f"model.attn_resolutions = {list(model.attn_resolutions)}: {size} never occurs; "
+                f"the levels are {', '.join(map(str, sizes))} pixels"
+            )
+    widths = sorted({model.dim, *(model.dim * mult for mult in model.dim_mults)})
+    if model.dim % 2:
+        raise InputError(f"model.dim = {model.dim}: must be even (half sines, half cosines in the time embedding)")
+    for width in widths:
+        if width % model.norm_groups:
+            raise InputError(f"model.norm_groups = {model.norm_groups}: does not divide the width {width}")
+    attended = {model.dim * mult for mult, size in zip(model.dim_mults, sizes) if size in model.attn_resolutions}
+    for width in sorted(attended | {model.dim * model.dim_mults[-1]}):
+        if width % model.n_heads:
+            raise InputError(f"model.n_heads = {model.n_heads}: does not divide the attended width {width}")
+    if data.captions is not None:
+        raise InputError("data.captions: captions need model.condition = text, which this version does not have")
+
+
+def _check_diffusion(config: DictConfig) -> None:
+    diffusion = config.diffusion
+    if diffusion.beta_schedule in ("linear", "sigmoid", "quad") and diffusion.beta_start > diffusion.beta_end:
+        raise InputError(
+            f"diffusion.beta_start = {diffusion.beta_start:g} is above diffusion.beta_end = {diffusion.beta_end:g}"
+        )
+    ends_at_zero = diffusion.zero_terminal_snr or diffusion.beta_schedule == "jsd"
+    if ends_at_zero and diffusion.objective == "pred_eps":
+        cause = "zero_terminal_snr" if diffusion.zero_terminal_snr else "beta_schedule = jsd"
+        raise InputError(
+            f"diffusion.{cause} makes alpha_bar_T = 0, where x0 can't be told from eps: "
+            "use --diffusion.objective pred_v or pred_x0"
+        )
+    if diffusion.zero_terminal_snr and diffusion.total_steps < 2:
+        raise InputError("diffusion.zero_terminal_snr needs diffusion.total_steps >= 2")
+
+
+def _check_train(config: DictConfig) -> None:
+    train = config.train
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise InputError(f"train.betas = {list(train.betas)}: wanted two numbers in [0, 1)")
+    if train.condition_dropout > 0:
+        raise InputError("train.condition_dropout needs a conditional network; model.condition is none")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.batch_size % world:
+        near = max(1, round(train.batch_size / world)) * world
+        raise InputError(
+            f"train.batch_size = {train.batch_size} is the global batch and must divide evenly among the {world} "
+            f"processes, such as {near}"
+        )
+    if train.micro_batch is not None and train.micro_batch > train.batch_size // world:
+        raise InputError(
+            f"train.micro_batch = {train.micro_batch} is above one process's share of the batch, "
+            f"{train.batch_size // world}"
+        )
+
+
+def _check_sample(config: DictConfig) -> None:
+    sample, total = config.sample, config.diffusion.total_steps
+    check_steps(sample.skip_steps, total)
+    if sample.eta != 0 and sample.sampler not in TAKES_ETA:
+        raise InputError(
+            f"sample.eta = {sample.eta:g}: the sampler {sample.sampler} ignores eta; "
+            f"it belongs to {', '.join(TAKES_ETA)}"
+        )
+    if sample.guidance_scale != 1:
+        raise InputError(
+            f"sample.guidance_scale = {sample.guidance_scale:g}: guidance needs a conditional network; "
+            "model.condition is none"
+        )
+
+
+def check_steps(skip_steps: int | None, total_steps: int) -> None:
+    """Raise InputError unless 1 <= skip_steps <= T."""
+    if skip_steps is not None and not 1 <= skip_steps <= total_steps:
+        raise InputError(
+            f"sample.skip_steps = {skip_steps}: wanted 1 to {total_steps}, the number of training timesteps"
+        )
