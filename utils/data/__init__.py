@@ -1,0 +1,59 @@
+"""Data sets by name, their splits, and the batches of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from diffusions.noise import permutation
+from utils.data.cifar10 import load_cifar10
+from utils.data.digits import load_digits
+from utils.data.idx import load_idx
+from utils.data.image_folder import load_image_folder
+from utils.data.image_set import ImageSet
+from utils.errors import InputError
+
+# name -> loader of {"train": ImageSet, maybe "test": ImageSet} from the config's data section
+DATASETS: dict[str, Callable[..., dict[str, ImageSet]]] = {
+    "digits": load_digits,
+    "mnist": partial(load_idx, "MNIST"),
+    "fashion_mnist": partial(load_idx, "FashionMNIST"),
+    "cifar10": load_cifar10,
+    "image_folder": load_image_folder,
+}
+SPLITS = ("train", "test", "all")
+_SPLIT_SEED = 0x5011D  # the held-out images are a property of the data set, the same for every training seed
+
+
+def load_splits(options) -> dict[str, ImageSet]:
+    """{"train": ..., "test": ...} of the data set that `options` (the config's data section) describes.
+
+    With valid_fraction > 0 the test split is that share of the training images, taken out of them; with 0 it is the
+    set's own, and missing where there is none.
+    """
+    sets = DATASETS[options.name](options)
+    if options.valid_fraction > 0:
+        whole = sets["train"]
+        order = permutation(_SPLIT_SEED, len(whole), 0)
+        n_held_out = max(1, round(options.valid_fraction * len(whole)))
+        if n_held_out >= len(whole):
+            raise InputError(f"data.valid_fraction = {options.valid_fraction:g} leaves no training image")
+        sets["test"] = whole.subset(order[:n_held_out].sort().values, whole.name)
+        sets["train"] = whole.subset(order[n_held_out:].sort().values, whole.name)
+    for split, found in sets.items():
+        found.name = f"{found.name}:{split}"
+    return sets
+
+
+def join(sets: dict[str, ImageSet], split: str) -> ImageSet:
+    """One split: "train", "test", or "all" of them together (decoded)."""
+    if split != "all":
+        if split not in sets:
+            raise InputError(f"{sets['train'].name.split(':')[0]} has no {split} split; set data.valid_fraction above 0")
+        return sets[split]
+    parts = list(sets.values())
+    images = torch.cat([torch.stack([part[i] for i in range(len(part))]) for part in parts])
+    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts])
+    return ImageSet(parts[0].name.split(":")[0] + ":all", images, labels, parts[0].classes)

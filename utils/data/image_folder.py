@@ -1,0 +1,117 @@
+"""A folder of images, nested or flat: PNG, JPEG or WebP, any mode and size. The first folder level is the class."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.data.image_set import ImageSet, fit, to_channels
+from utils.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
+MAX_PIXELS = 178_956_970  # Pillow's own bound: above it, it suspects a decompression bomb
+
+
+def read_image(path: Path | str, channels: int) -> Tensor:
+    """An image file -> uint8 [channels, H, W].
+
+    The file's orientation tag is ignored, transparency is laid over white, 16-bit gray is scaled to 8 bits.
+
+    Raises:
+        InputError: the file can't be decoded, or declares more than MAX_PIXELS; it is named.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"image {path} declares {image.width}x{image.height} pixels: refused")
+            if image.mode in ("I;16", "I;16B", "I"):
+                levels = np.asarray(image, dtype=np.int64) * 255 / 65535
+                image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image)
+            image = image.convert("RGB" if image.mode not in ("L", "1") else "L")
+            pixels = torch.from_numpy(np.array(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} can't be read: {error}") from None
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    return to_channels(pixels, channels)
+
+
+class FolderSet(ImageSet):
+    """Images that are read from their files one at a time, resized and cut to size."""
+
+    def __init__(
+        self, name: str, paths: Sequence[Path], labels: Tensor | None, classes: Sequence[str], size: int, channels: int
+    ) -> None:
+        super().__init__(name, None, labels, classes)
+        self.paths, self.size, self.channels = list(paths), size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return fit(read_image(self.paths[i], self.channels), self.size)
+
+    def subset(self, indices: Tensor, name: str) -> FolderSet:
+        labels = None if self.labels is None else self.labels[indices]
+        paths = [self.paths[i] for i in indices.tolist()]
+        return FolderSet(name, paths, labels, self.classes, self.size, self.channels)
+
+    def n_bytes(self) -> int:
+        return len(self) * self.channels * self.size**2
+
+    def content_hash(self) -> str:
+        """Over the files' bytes and the size they become, without decoding them."""
+        digest = hashlib.sha256(f"{self.size} {self.channels}".encode())
+        for path in self.paths:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def find_images(root: Path) -> list[Path]:
+    """Every image below `root`, in sorted order. Raises InputError where there is none, or no folder."""
+    if not root.is_dir():
+        raise InputError(f"image folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        found += [Path(folder) / name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    if not found:
+        raise InputError(f"image folder {root} holds no {', '.join(s[1:] for s in SUFFIXES)} file")
+    return sorted(found)
+
+
+def load_folder(root: Path, size: int, channels: int, name: str) -> FolderSet:
+    """The images below one folder; classes are its first folder level where every image lies in one."""
+    paths = find_images(root)
+    first = [path.relative_to(root).parts[0] if path.parent != root else None for path in paths]
+    if None in first or len(set(first)) < 2:
+        return FolderSet(name, paths, None, [], size, channels)
+    classes = sorted(set(first))
+    labels = torch.tensor([classes.index(part) for part in first])
+    return FolderSet(name, paths, labels, classes, size, channels)
+
+
+def load_image_folder(options) -> dict[str, ImageSet]:
+    """{"train": ...}, with "test" where data.root holds exactly a train and a test (or val, valid, validation) folder."""
+    root = Path(options.root)
+    children = sorted(child.name for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
+    if len(children) == 2 and "train" in children and all(child in SPLITS for child in children):
+        folders = {SPLITS[child]: root / child for child in children}
+    else:
+        folders = {"train": root}
+    return {
+        split: load_folder(folder, options.image_size, options.channels, root.resolve().name)
+        for split, folder in folders.items()
+    }

@@ -1,0 +1,68 @@
+"""What every kind of data source becomes: an indexed set of uint8 images of one size, with labels where there are any."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+
+class ImageSet:
+    """Images in memory.
+
+    Attributes:
+        name: what reports call it, such as "digits:train".
+        images: uint8 [N, C, H, W], or None where they are read one by one (see `image_folder.FolderSet`).
+        labels: int64 [N], or None.
+        classes: names of the classes; empty without labels.
+    """
+
+    def __init__(self, name: str, images: Tensor | None, labels: Tensor | None, classes: Sequence[str]) -> None:
+        self.name, self.images, self.labels, self.classes = name, images, labels, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """uint8 [C, H, W]."""
+        return self.images[i]
+
+    def subset(self, indices: Tensor, name: str) -> ImageSet:
+        """The images `indices` [n], in that order, under another name."""
+        labels = None if self.labels is None else self.labels[indices]
+        return ImageSet(name, self.images[indices], labels, self.classes)
+
+    def n_bytes(self) -> int:
+        """Size of the decoded images [bytes]."""
+        return self.images.numel()
+
+    def content_hash(self) -> str:
+        """SHA-256 over the pixels and labels: the identity of caches and protocols."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        digest.update(self.images.contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def to_channels(images: Tensor, channels: int) -> Tensor:
+    """uint8 [..., C, H, W] with C of 1 or 3 -> `channels`, by ITU-R 601 luma or by repetition."""
+    if images.shape[-3] == channels:
+        return images
+    return transforms.rgb_to_grayscale(images) if channels == 1 else images.expand(*images.shape[:-3], 3, -1, -1)
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """uint8 [..., C, H, W] -> [..., C, size, size]: the shorter side resized (antialiased bicubic), then the centre cut."""
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    images = transforms.resize(images, [size], transforms.InterpolationMode.BICUBIC, antialias=True)
+    return transforms.center_crop(images, [size, size])
+
+
+def fit_all(images: Tensor, size: int, channels: int) -> Tensor:
+    """`to_channels` and `fit` for a whole array, a slice at a time to bound memory."""
+    return torch.cat([fit(to_channels(part, channels), size) for part in images.split(4096)]).contiguous()

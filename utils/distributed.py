@@ -1,0 +1,47 @@
+"""Processes: starting accelerate, sharing work, and bringing results together."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor
+
+from utils.errors import InputError
+
+
+def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
+    """An Accelerator for this launch. Raises InputError where the launcher and accelerate disagree about processes."""
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise InputError(
+            "the launcher asks for gradient accumulation: leave it at 1 and set --train.micro_batch, "
+            "which splits a process's share of train.batch_size"
+        )
+    handlers = [
+        InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks may generate for hours between two collectives
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **kwargs)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{world} processes were launched but each believes it is alone, because there is no GPU: "
+            "set ACCELERATE_USE_CPU=true to run them on the CPU"
+        )
+    return accelerator
+
+
+def share(n: int, rank: int, world: int) -> Tensor:
+    """The contiguous part of 0..n-1 that belongs to a rank, [about n / world] int64; together each index once."""
+    return torch.arange(rank * n // world, (rank + 1) * n // world)
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
+    """Rows [n_r, ...] of every rank, in rank order, on the CPU of every rank; n_r may differ, none is padded."""
+    if accelerator.num_processes == 1:
+        return rows.cpu()
+    return torch.cat(gather_object([rows.cpu()]))

@@ -1,0 +1,119 @@
+"""What a run tells: lines for a person (terminal and train.log), numbers for a program (metrics.jsonl, TensorBoard)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.checkpoint import write_atomically
+
+
+class RunLog:
+    """Logs of one run folder. Only the main process writes; the others' calls do nothing."""
+
+    def __init__(self, accelerator: Accelerator, run: Path, step: int, n_steps: int) -> None:
+        """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go."""
+        self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
+        self.metrics_path = run / "metrics.jsonl"
+        self.bar = tqdm(
+            total=n_steps,
+            initial=step,
+            desc="train",
+            unit="step",
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+        if self.main:
+            cut_metrics(self.metrics_path, step)
+        tracker = {"tensorboard": {"purge_step": step + 1}}
+        accelerator.init_trackers("tensorboard", init_kwargs=tracker)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal and, with the time, in train.log."""
+        if self.main:
+            self.bar.write(text, file=sys.stderr)
+            append_line(self.run / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl and as many TensorBoard scalars."""
+        if self.main:
+            append_line(self.metrics_path, json.dumps({"step": step, **values}))
+        self.accelerator.log({name: float(value) for name, value in values.items()}, step=step)
+
+    def images(self, step: int, grid: Tensor) -> None:
+        """A picture, uint8 [C, H, W], in TensorBoard."""
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({"samples": grid[None].numpy()}, step=step)
+
+    def progress(self, steps: int, **shown: str) -> None:
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(steps)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def append_line(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop what lies beyond `step`."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_atomically(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+
+
+def draw_curves(run: Path) -> None:
+    """curves.png: training and validation losses, learning rate and scores of metrics.jsonl over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(run / "metrics.jsonl")
+    panels = {
+        "loss": [("loss", "train"), ("valid_loss", "validation, raw weights"), ("valid_loss_ema", "validation, EMA")],
+        "lr": [("lr", "learning rate")],
+        "grad_norm": [("grad_norm", "gradient norm before clipping")],
+        "score": sorted({(name, name) for row in rows for name in row if "[" in name}),
+    }
+    panels = {panel: [(n, label) for n, label in names if any(n in r for r in rows)] for panel, names in panels.items()}
+    panels = {panel: names for panel, names in panels.items() if names}
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axis, (panel, names) in zip(axes[0], panels.items()):
+        for name, label in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
+        axis.set_xlabel("optimizer step")
+        axis.set_title(panel)
+        axis.grid(alpha=0.3)
+        if panel == "loss":
+            axis.set_yscale("log")
+        axis.legend()
+    figure.tight_layout()
+    write_atomically(run / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+    plt.close(figure)

@@ -1,0 +1,61 @@
+"""What `auto` means for precision, compilation and determinism: decided by the config and the hardware alone."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from omegaconf import DictConfig
+
+from utils.errors import InputError
+
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NARROW = 64  # below this width a CPU gains nothing from channels_last
+
+
+def on_gpu() -> bool:
+    """Whether this launch computes on a GPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1", "yes")
+
+
+def native_bf16() -> bool:
+    """Whether the hardware multiplies bfloat16 matrices natively."""
+    if on_gpu():
+        return torch.cuda.get_device_capability()[0] >= 8
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def mixed_precision(asked: str) -> str:
+    """"no", "fp16" or "bf16" for a config value; "auto" is the launcher's flag, else bf16 where it is native.
+
+    Raises:
+        InputError: fp16 on a CPU, where it would silently be fp32.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked == "auto":
+        asked = launcher if launcher in ("fp16", "bf16") else "bf16" if native_bf16() else "no"
+    if asked == "fp16" and not on_gpu():
+        raise InputError("fp16 needs a GPU (on a CPU it would silently be fp32): use mixed_precision bf16 or no")
+    return asked
+
+
+def wants_compile(asked: str) -> bool:
+    """"auto" compiles on GPUs; on a CPU compiling takes longer than most runs there gain from it."""
+    return on_gpu() if asked == "auto" else asked == "true"
+
+
+def memory_format(config: DictConfig) -> torch.memory_format:
+    """channels_last where convolutions run faster in it."""
+    return torch.channels_last if on_gpu() or config.model.dim >= NARROW else torch.contiguous_format
+
+
+def set_determinism(asked: str) -> bool:
+    """Make every operation repeat bit for bit ("auto": on a CPU); returns whether it does."""
+    deterministic = not on_gpu() if asked == "auto" else asked == "true"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    return deterministic

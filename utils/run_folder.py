@@ -1,0 +1,109 @@
+"""Where a run lives, and how one is resumed: the stored configuration is the base, and little of it may change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from utils.checkpoint import is_checkpoint_name, newest, problem, published, step_of
+from utils.config import differences, merge, read_yaml
+from utils.errors import InputError
+
+MAY_CHANGE = (
+    "train.n_steps",
+    "train.n_epochs",
+    "train.log_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.valid_every",
+    "train.evaluate_every",
+    "train.keep_last",
+    "train.log_with",
+    "train.max_hours",
+    "train.profile",
+    "data.num_workers",
+    "data.root",
+    "data.download",
+)
+
+
+@dataclass
+class Run:
+    """A run folder, its configuration, and the checkpoint to go on from (None: start at step 0)."""
+
+    folder: Path
+    config: DictConfig
+    checkpoint: Path | None = None
+    aside: dict[Path, str] = field(default_factory=dict)  # checkpoints to rename before training: folder -> suffix
+
+
+Layer = tuple[str, dict[str, Any]]
+
+
+def open_run(
+    default: Layer, asked: list[Layer], folder: str | None, resume: str | None, say: Callable[[str], None]
+) -> Run:
+    """Decide where to train and from what. Reads only: every process of a launch comes to the same answer.
+
+    Args:
+        default: the configuration of a new run for which nothing else was asked.
+        asked: layers of (where they came from, {key: value}): the YAML file if one was given, then the overrides.
+        folder: -e, or None for runs/exp-{time}.
+        resume: -r: None, "auto" or a path of a run folder or checkpoint folder.
+        say: receives a line for every checkpoint that had to be skipped.
+
+    Raises:
+        InputError: the folder holds another run, nothing to resume from, or a key that may not change.
+    """
+    if resume is None:
+        path = Path(folder) if folder else _default_folder()
+        if path.exists() and not path.is_dir():
+            raise InputError(f"run folder {path} is a file")
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"{path} already holds a run or other files: continue it with -r auto, or choose another -e")
+        return Run(path, merge(default, *asked))
+    if resume == "auto" and folder is None:
+        raise InputError("-r auto needs the run folder: -e RUN -r auto (or -r RUN)")
+    path, checkpoint, bad = _find(Path(folder if resume == "auto" else resume), resume == "auto", say)
+    if folder and resume != "auto" and Path(folder).resolve() != path.resolve():
+        raise InputError(f"-r {resume} continues in its own run folder {path}, but -e says {folder}")
+    aside = dict.fromkeys(bad, "bad")
+    if checkpoint is None:
+        stored = path / "config.yaml"  # of a run that was stopped before its first checkpoint
+        return Run(path, merge(default if not stored.exists() else (str(stored), read_yaml(stored)), *asked), None, aside)
+    stored = merge((str(checkpoint / "config.yaml"), read_yaml(checkpoint / "config.yaml")))
+    config = merge(*asked, base=stored)
+    for name, (old, new) in differences(stored, config).items():
+        if name not in MAY_CHANGE:
+            raise InputError(f"{name} = {new} can't change when a run is resumed; it was started with {old}")
+    newer = [other for other in published(path) if step_of(other) > step_of(checkpoint) and other not in aside]
+    return Run(path, config, checkpoint, aside | dict.fromkeys(newer, "superseded"))
+
+
+def _default_folder() -> Path:
+    return Path("runs") / time.strftime("exp-%Y-%m-%d-%H%M%S")
+
+
+def _find(path: Path, auto: bool, say: Callable[[str], None]) -> tuple[Path, Path | None, list[Path]]:
+    """(run folder, checkpoint or None, checkpoints that fail verification) for -r."""
+    if not auto and not path.is_dir():
+        raise InputError(f"-r {path}: no such run or checkpoint folder")
+    if not auto and is_checkpoint_name(path):
+        why = problem(path)
+        if why:
+            raise InputError(f"-r {path}: not a good checkpoint: {why}")
+        return path.resolve().parent.parent, path.resolve(), []
+    if path.exists() and not path.is_dir():
+        raise InputError(f"run folder {path} is a file")
+    is_run = not path.exists() or (path / "ckpt").is_dir() or (path / "config.yaml").is_file() or not any(path.iterdir())
+    if not is_run:
+        raise InputError(f"{path} is not a run folder: it holds other files and neither config.yaml nor ckpt/")
+    good, bad = newest(path, say)
+    if good is None and not auto:
+        raise InputError(f"-r {path}: no good checkpoint in it")
+    return path, good, bad

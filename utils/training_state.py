@@ -1,0 +1,66 @@
+"""Everything a training step depends on besides (config, seed, step): gathered for a checkpoint, put back from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from ema_pytorch import EMA
+from torch import nn
+
+from utils import checkpoint
+from utils.config import to_yaml
+from utils.errors import InputError
+from utils.meter import Meter
+
+
+def save(run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, **more: Any) -> None:
+    """Publish a checkpoint of `step` updates, then prune. A collective; the main process writes.
+
+    more: further JSON values for state.json, such as what `auto` was resolved to.
+    """
+    state = {
+        "step": step,
+        "meter": meter.state(),
+        "ema": {"step": int(ema.step), "initted": bool(ema.initted)},
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "processes": accelerator.num_processes,
+        **more,
+    }
+    if accelerator.is_main_process:
+        folder = run.folder / "ckpt"
+        optimizer_state = _on_cpu(optimizer.state_dict())
+        checkpoint.publish(
+            folder, step, to_yaml(run.config), net.state_dict(), ema.ema_model.state_dict(), optimizer_state, state
+        )
+        checkpoint.prune(run.folder, run.config.train.keep_last)
+
+
+def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer) -> dict[str, Any]:
+    """Put weights, EMA, optimizer and loss scale back; returns state.json.
+
+    Raises:
+        InputError: a part is missing, damaged, or of another architecture; it is named.
+    """
+    state = checkpoint.read_state(folder)
+    for module, name in ((net, "model.safetensors"), (ema.ema_model, "ema.safetensors")):
+        checkpoint.load_weights(module, checkpoint.read_weights(folder / name), folder / name)
+    ema.step.fill_(state["ema"]["step"])
+    ema.initted.fill_(state["ema"]["initted"])
+    try:
+        optimizer.load_state_dict(checkpoint.read_optimizer(folder))
+    except Exception as error:
+        raise InputError(f"{folder / 'optimizer.pt'} can't be loaded: {error}") from None
+    if accelerator.scaler is not None and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state
+
+
+def _on_cpu(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {name: _on_cpu(value) for name, value in tree.items()}
+    return [_on_cpu(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
