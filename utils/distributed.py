@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -45,3 +47,14 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return rows.cpu()
     return torch.cat(gather_object([rows.cpu()]))
+
+
+def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Make torch's own generator, which dropout draws from, a function of where training stands."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank} {micro_batch}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def sync_gradients(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> AbstractContextManager:
+    """Gradients are averaged over processes only in the last micro-batch of a step."""
+    return nullcontext() if last else accelerator.no_sync(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoint import write_atomically
+from utils.images import enlarge, write_png
 
 
 class RunLog:
@@ -35,6 +36,7 @@ class RunLog:
             cut_metrics(self.metrics_path, step)
         tracker = {"tensorboard": {"purge_step": step + 1}}
         accelerator.init_trackers("tensorboard", init_kwargs=tracker)
+        self.clock, self.clock_step = time.monotonic(), step
 
     def say(self, text: str) -> None:
         """A line on the terminal and, with the time, in train.log."""
@@ -48,17 +50,33 @@ class RunLog:
             append_line(self.metrics_path, json.dumps({"step": step, **values}))
         self.accelerator.log({name: float(value) for name, value in values.items()}, step=step)
 
-    def images(self, step: int, grid: Tensor) -> None:
-        """A picture, uint8 [C, H, W], in TensorBoard."""
+    def preview(self, step: int, picture: Tensor) -> None:
+        """A grid of samples, uint8 [C, H, W], as samples/stepNNNNNN.png and in TensorBoard."""
+        if self.main:
+            folder = self.run / "samples"
+            folder.mkdir(exist_ok=True)
+            write_png(folder / f"step{step:06d}.png", enlarge(picture))
         for tracker in self.accelerator.trackers:
-            tracker.log_images({"samples": grid[None].numpy()}, step=step)
+            tracker.log_images({"samples": picture[None].numpy()}, step=step)
 
-    def progress(self, steps: int, **shown: str) -> None:
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(steps)
+    def rate(self, step: int, batch_size: int) -> dict[str, float]:
+        """Images per second since the last call."""
+        now, seconds = time.monotonic(), time.monotonic() - self.clock
+        rate = (step - self.clock_step) * batch_size / max(seconds, 1e-9)
+        self.clock, self.clock_step = now, step
+        return {"images_per_second": round(rate, 1)}
+
+    def progress(self, **shown: float) -> None:
+        """One step further; numbers beside the bar where any are given."""
+        if shown:
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        self.bar.update()
 
     def close(self) -> None:
+        """Finish the bar and the trackers, and draw curves.png."""
         self.bar.close()
+        if self.main:
+            draw_curves(self.run)
         self.accelerator.end_training()
 
 
@@ -117,3 +135,26 @@ def draw_curves(run: Path) -> None:
     figure.tight_layout()
     write_atomically(run / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
     plt.close(figure)
+
+
+def banner(log: RunLog, run, net, batches, held_out, resolved: dict, start: int, n_steps: int) -> None:
+    """What is about to happen, and when it ends."""
+    cfg, opts, n = run.config, run.config.train, len(batches)
+    parameters = sum(p.numel() for p in net.parameters())
+    micro = opts.micro_batch or batches.share
+    where = f"{log.accelerator.num_processes} x {log.accelerator.device.type}"
+    held = "none" if held_out is None else f"{len(held_out):,} images"
+    begin = "from the start" if not run.checkpoint else f"from {run.checkpoint.name}"
+    limit = f", or after {opts.max_hours:g} hours" if opts.max_hours else ""
+    switches = [name for name in ("compile", "deterministic") if resolved[name]]
+    log.say(f"run folder  {run.folder.resolve()}")
+    log.say(f"machine     {where}, precision {resolved['mixed_precision']}" + "".join(f", {s}" for s in switches))
+    log.say(f"network     {cfg.model.name}, {parameters:,} parameters; EMA decay {opts.ema_decay:g}")
+    log.say(f"data        {batches.images.name}, {n:,} images of {cfg.data.channels}x{cfg.data.image_size}x"
+            f"{cfg.data.image_size}, {'in memory' if batches.cached is not None else 'read by workers'}; validation {held}")  # fmt: skip
+    log.say(f"steps       {begin} to {n_steps:,} ({n_steps * opts.batch_size / n:.1f} epochs) of {opts.batch_size} images, "
+            f"{micro} at a time{limit}")  # fmt: skip
+    log.say(f"every       {opts.save_every:,} steps a checkpoint, {opts.sample_every:,} a preview, "
+            f"{opts.valid_every:,} a validation, and at the end")  # fmt: skip
+    if start >= n_steps:
+        log.say(f"finished    step {start:,} of {n_steps:,} is done: nothing to do (more: --train.n_steps N)")

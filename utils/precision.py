@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -11,6 +12,22 @@ from utils.errors import InputError
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NARROW = 64  # below this width a CPU gains nothing from channels_last
+
+
+def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]:
+    """What `auto` becomes for this run, and put into force; `stored` is what an earlier start of the run decided.
+
+    Returns mixed_precision ("no", "fp16" or "bf16"), compile and deterministic (bool).
+    """
+    train = config.train
+    resolved = stored or {
+        "mixed_precision": mixed_precision(train.mixed_precision),
+        "compile": wants_compile(train.compile),
+        "deterministic": wants_determinism(train.deterministic),
+    }
+    mixed_precision(resolved["mixed_precision"])  # a run of a GPU may go on where its precision does not exist
+    set_determinism(resolved["deterministic"])
+    return resolved
 
 
 def on_gpu() -> bool:
@@ -49,13 +66,16 @@ def memory_format(config: DictConfig) -> torch.memory_format:
     return torch.channels_last if on_gpu() or config.model.dim >= NARROW else torch.contiguous_format
 
 
-def set_determinism(asked: str) -> bool:
-    """Make every operation repeat bit for bit ("auto": on a CPU); returns whether it does."""
-    deterministic = not on_gpu() if asked == "auto" else asked == "true"
+def wants_determinism(asked: str) -> bool:
+    """"auto" means yes on a CPU, where it costs nothing."""
+    return not on_gpu() if asked == "auto" else asked == "true"
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Make every operation repeat bit for bit, or let the fastest one be chosen. TF32 is on in either case."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    return deterministic

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from diffusions import GaussianDiffusion, generate
 from diffusions.noise import randint, randn
 from diffusions.pixels import to_unit
 from utils.distributed import gather_rows, share
-from utils.images import enlarge, grid, write_png
+from utils.images import grid
 
 SEED = 2022  # of previews and of the validation noise, whatever the run's seed: runs compare on the same draws
 
@@ -26,11 +24,6 @@ def preview(
     shape = (0, net.in_channels, net.image_size, net.image_size)
     images = torch.cat([torch.empty(shape, dtype=torch.uint8), *(batch.images for batch in batches)])
     return grid(gather_rows(accelerator, images))
-
-
-def save_preview(folder: Path, step: int, picture: Tensor) -> None:
-    folder.mkdir(exist_ok=True)
-    write_png(folder / f"step{step:06d}.png", enlarge(picture))
 
 
 @torch.no_grad()

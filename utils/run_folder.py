@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
-from utils.checkpoint import is_checkpoint_name, newest, problem, published, step_of
-from utils.config import differences, merge, read_yaml
+from utils.checkpoint import (
+    is_checkpoint_name,
+    newest,
+    problem,
+    published,
+    quarantine,
+    read_state,
+    step_of,
+    write_atomically,
+)
+from utils.cli import say
+from utils.config import differences, merge, read_yaml, to_yaml
 from utils.errors import InputError
 
 MAY_CHANGE = (
@@ -41,12 +51,16 @@ class Run:
     checkpoint: Path | None = None
     aside: dict[Path, str] = field(default_factory=dict)  # checkpoints to rename before training: folder -> suffix
 
+    def stored_state(self) -> dict[str, Any]:
+        """state.json of the checkpoint; empty for a run that starts from nothing."""
+        return read_state(self.checkpoint) if self.checkpoint else {}
+
 
 Layer = tuple[str, dict[str, Any]]
 
 
 def open_run(
-    default: Layer, asked: list[Layer], folder: str | None, resume: str | None, say: Callable[[str], None]
+    default: Layer, asked: list[Layer], folder: str | None, resume: str | None
 ) -> Run:
     """Decide where to train and from what. Reads only: every process of a launch comes to the same answer.
 
@@ -55,7 +69,6 @@ def open_run(
         asked: layers of (where they came from, {key: value}): the YAML file if one was given, then the overrides.
         folder: -e, or None for runs/exp-{time}.
         resume: -r: None, "auto" or a path of a run folder or checkpoint folder.
-        say: receives a line for every checkpoint that had to be skipped.
 
     Raises:
         InputError: the folder holds another run, nothing to resume from, or a key that may not change.
@@ -69,7 +82,7 @@ def open_run(
         return Run(path, merge(default, *asked))
     if resume == "auto" and folder is None:
         raise InputError("-r auto needs the run folder: -e RUN -r auto (or -r RUN)")
-    path, checkpoint, bad = _find(Path(folder if resume == "auto" else resume), resume == "auto", say)
+    path, checkpoint, bad = _find(Path(folder if resume == "auto" else resume), resume == "auto")
     if folder and resume != "auto" and Path(folder).resolve() != path.resolve():
         raise InputError(f"-r {resume} continues in its own run folder {path}, but -e says {folder}")
     aside = dict.fromkeys(bad, "bad")
@@ -89,7 +102,7 @@ def _default_folder() -> Path:
     return Path("runs") / time.strftime("exp-%Y-%m-%d-%H%M%S")
 
 
-def _find(path: Path, auto: bool, say: Callable[[str], None]) -> tuple[Path, Path | None, list[Path]]:
+def _find(path: Path, auto: bool) -> tuple[Path, Path | None, list[Path]]:
     """(run folder, checkpoint or None, checkpoints that fail verification) for -r."""
     if not auto and not path.is_dir():
         raise InputError(f"-r {path}: no such run or checkpoint folder")
@@ -107,3 +120,21 @@ def _find(path: Path, auto: bool, say: Callable[[str], None]) -> tuple[Path, Pat
     if good is None and not auto:
         raise InputError(f"-r {path}: no good checkpoint in it")
     return path, good, bad
+
+
+def claim(run: Run, accelerator) -> None:
+    """Make the run folder, set doubtful checkpoints aside, and store the configuration. A collective.
+
+    All processes looked at the folder before this; the main one changes it now, and its choice of folder holds for all.
+    """
+    run.folder = Path(broadcast_object_list([str(run.folder)])[0])
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for folder, suffix in run.aside.items():
+            say(f"{folder.name} is now {quarantine(folder, suffix).name}")
+        write_atomically(run.folder / "config.yaml", lambda path: path.write_text(to_yaml(run.config)))
+    except OSError as error:
+        raise InputError(f"run folder {run.folder} can't be written: {error.strerror}") from None

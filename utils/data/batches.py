@@ -40,6 +40,22 @@ def flips(seed: int, positions: Tensor) -> Tensor:
     return randint(seed, positions, DRAW_FLIP, 2).bool()
 
 
+def draw_timesteps(seed: int, positions: Tensor, total_steps: int, t_sampling: str) -> Tensor:
+    """[b] int64 training timesteps. "antithetic" gives every second example T - 1 - t of the one before it."""
+    if t_sampling == "uniform":
+        return randint(seed, positions, DRAW_T, total_steps)
+    t = randint(seed, positions // 2, DRAW_T, total_steps)
+    return torch.where(positions % 2 == 0, t, total_steps - 1 - t)
+
+
+def held_out(images: ImageSet | None, n: int) -> Tensor | None:
+    """uint8 [at most n, C, H, W], evenly spaced over the set (so over its classes); None where there is no set."""
+    if images is None:
+        return None
+    n = min(n, len(images))
+    return torch.stack([images[i * len(images) // n] for i in range(n)])
+
+
 class Batches:
     """The batches of one process, from any step on.
 

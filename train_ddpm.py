@@ -1,0 +1,149 @@
+"""Train a denoising diffusion model.
+
+    accelerate launch train_ddpm.py [-c CONFIG] [-e EXP_DIR] [-r auto|PATH] [--key.sub value ...]
+
+Without -c it trains configs/ddpm_digits.yaml, handwritten digits that need no download. Every key of the configuration
+can be overridden on the command line. What lies in the run folder: docs/architecture.md.
+"""
+
+from pathlib import Path
+
+from utils import cli, config, constraints
+from utils.errors import run_script
+
+ROOT = Path(__file__).resolve().parent
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(("seed", "data", "model", "diffusion", "train", "sample"), description=__doc__)
+    parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file (default: configs/ddpm_digits.yaml)")
+    parser.add_argument("-e", "--exp_dir", metavar="EXP_DIR", help="run folder (default: runs/exp-{time})")
+    parser.add_argument("-r", "--resume", metavar="auto|PATH", help="go on from the newest good checkpoint, or from PATH")
+    options, overrides = parser.parse(argv)
+
+    default = ROOT / "configs" / "ddpm_digits.yaml"
+    default = (str(default), config.read_yaml(default))
+    asked = [(options.config, config.read_yaml(options.config))] if options.config else []
+    asked.append(("command line", overrides))
+    new = config.merge(*([default] if not options.config else []), *asked)
+    if options.resume is None:
+        constraints.check(new)  # before torch is imported
+        if options.print_config:
+            print(config.to_yaml(new), end="")
+            return 0
+
+    from utils.run_folder import open_run
+
+    run = open_run(default if not options.config else ("", {}), asked, options.exp_dir, options.resume)
+    constraints.check(run.config)
+    if options.print_config:
+        print(config.to_yaml(run.config), end="")
+        return 0
+    return train(run)
+
+
+def train(run) -> int:
+    """Train `run` (utils.run_folder.Run) to its last step; returns the exit status."""
+    import torch
+
+    from diffusions import build_process
+    from diffusions.noise import randn
+    from diffusions.pixels import to_unit
+    from models import build_model
+    from utils import distributed, precision, training_state
+    from utils.data import load_splits
+    from utils.data.batches import DRAW_EPS, Batches, draw_timesteps, held_out
+    from utils.logging import RunLog, banner
+    from utils.meter import Meter
+    from utils.optimizer import build_ema, build_optimizer, lr_at
+    from utils.preview import preview, validation_loss
+    from utils.run_folder import claim
+    from utils.stopping import StopRule
+
+    cfg, opts = run.config, run.config.train
+    resolved = precision.resolve(cfg, run.stored_state().get("resolved"))
+    tracker = opts.log_with if opts.log_with != "none" else None
+    accelerator = distributed.start(resolved["mixed_precision"], log_with=tracker, project_dir=run.folder)
+    claim(run, accelerator)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    dtype, layout = precision.DTYPES[resolved["mixed_precision"]], precision.memory_format(cfg)
+
+    splits = load_splits(cfg.data)
+    batches = Batches(
+        splits["train"], cfg.seed, opts.batch_size, rank, world, cfg.data.random_flip, device, cfg.data.cache,
+        cfg.data.num_workers,
+    )  # fmt: skip
+    n_steps = opts.n_steps if opts.n_epochs is None else -(-opts.n_epochs * len(batches) // opts.batch_size)
+    valid = held_out(splits.get("test"), opts.n_valid)
+
+    torch.manual_seed(cfg.seed)
+    net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
+    net = net.to(device, memory_format=layout)
+    net.gradient_checkpointing = opts.gradient_checkpointing
+    process = build_process(cfg.diffusion)
+    ema = build_ema(net, opts)
+    optimizer = build_optimizer(net, opts)
+    if resolved["compile"]:
+        net.compile()
+    model, optimizer = accelerator.prepare(net, optimizer)
+    state = training_state.restore(run.checkpoint, accelerator, net, ema, optimizer) if run.checkpoint else {"step": 0}
+    meter = Meter(accelerator, state.get("meter"))
+    stop = StopRule(accelerator, opts)
+
+    start = state["step"]
+    log = RunLog(accelerator, run.folder, start, n_steps)
+    banner(log, run, net, batches, valid, resolved, start, n_steps)
+    if start >= n_steps:
+        log.close()
+        return 0
+
+    share = opts.batch_size // world
+    micro_batches = torch.arange(share, device=device).split(opts.micro_batch or share)
+    model.train()
+    for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
+        x0 = to_unit(images).contiguous(memory_format=layout)
+        t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
+        eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
+        lr = lr_at(step, n_steps, opts)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        total = torch.zeros((), device=device)
+        for i, rows in enumerate(micro_batches):
+            distributed.seed_dropout(cfg.seed, step, rank, i)
+            with distributed.sync_gradients(accelerator, model, i == len(micro_batches) - 1):
+                loss = process.loss(model, x0[rows], t[rows], eps[rows]).sum() / share
+                accelerator.backward(loss)
+            total += loss.detach() / world
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
+        bad = meter.update(total, grad_norm)
+        stop.skip_if_bad(optimizer, bad)  # the fused update leaves weights alone where the gradient is not finite
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+
+        done, shown = step + 1, {}
+        ends, stops = done == n_steps, stop.time_is_up(done)
+        if done % opts.log_every == 0 or ends:
+            values = meter.read()
+            shown = {"loss": values["loss"], "lr": lr} | log.rate(done, opts.batch_size)
+            log.metrics(done, values | shown)
+            stop.check_bad(values["bad_in_row"], run.folder)
+        if valid is not None and (done % opts.valid_every == 0 or ends):
+            losses = [validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model)]
+            log.metrics(done, {"valid_loss": losses[0], "valid_loss_ema": losses[1]})
+        if done % opts.sample_every == 0 or ends:
+            log.preview(done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype))
+        if done % opts.save_every == 0 or ends or stops:
+            training_state.save(run, done, accelerator, net, ema, optimizer, meter, resolved=resolved)
+            log.say(f"saved       {run.folder / 'ckpt' / f'step{done:06d}'}")
+        log.progress(**shown)
+        if stops and not ends:
+            log.say(f"stopped     after {opts.max_hours:g} hours at step {done:,}; go on with -e {run.folder} -r auto")
+            break
+    log.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
