@@ -7,7 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 from utils.config import KEYS, nearest
-from utils.errors import InputError
+from utils.errors import InputError, is_main_process
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +80,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """argparse type of a seed."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def positive_or_auto(text: str) -> int | None:
+    """argparse type of a count, or "auto" (None)."""
+    return None if text == "auto" else positive(text)
+
+
+def require(options: argparse.Namespace, *names: str) -> None:
+    """Raise InputError for options that a script can't do without."""
+    absent = [f"--{name}" for name in names if getattr(options, name) is None]
+    if absent:
+        raise InputError(f"{' and '.join(absent)} must be given (--help explains)")
+
+
 def alias(options: argparse.Namespace, overrides: dict[str, str], pairs: dict[str, str]) -> None:
     """Move short options into the overrides: {'eta': 'sample.eta'}; both forms at once are an error."""
     for short, dotted in pairs.items():
@@ -92,5 +111,6 @@ def alias(options: argparse.Namespace, overrides: dict[str, str], pairs: dict[st
 
 
 def say(text: str) -> None:
-    """One line of progress for a person, out of the way of what a script prints as its result."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for a person, from the main process, out of the way of what a script prints as its result."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)

@@ -11,11 +11,12 @@ from utils.errors import InputError
 TAKES_ETA = ("ddim",)  # a test holds this equal to the registry of samplers
 
 
-def check(config: DictConfig) -> None:
-    """Raise InputError for the first combination of keys that can't work."""
+def check(config: DictConfig, training: bool = True) -> None:
+    """Raise InputError for the first combination of keys that can't work; `training` looks at train.* too."""
     _check_model(config)
     _check_diffusion(config)
-    _check_train(config)
+    if training:
+        _check_train(config)
     _check_sample(config)
 
 

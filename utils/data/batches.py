@@ -93,12 +93,16 @@ class Batches:
         first = step * self.batch_size + self.rank * self.share
         return torch.arange(first, first + self.share)
 
+    def image_ids(self, positions: Tensor) -> Tensor:
+        """positions [b], ascending -> which images stand there, [b] int64 on the same device."""
+        return example_images(self.seed, positions.cpu(), len(self)).to(positions.device)
+
     def __len__(self) -> int:
         return len(self.images)
 
     def from_step(self, step: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(positions [share], images uint8 [share, C, H, W] on the device) for steps step..last-1."""
-        indices = (example_images(self.seed, self.positions(s), len(self)) for s in range(step, last))
+        indices = (self.image_ids(self.positions(s)) for s in range(step, last))
         if self.cached is not None:
             chosen = (self.cached[i.to(self.device)] for i in indices)
         else:

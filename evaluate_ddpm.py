@@ -1,0 +1,140 @@
+"""Score a checkpoint, or a folder of images, against real images with torch-fidelity.
+
+    accelerate launch evaluate_ddpm.py --weights RUN --reference digits --feature_extractor dataset-classifier
+    accelerate launch evaluate_ddpm.py --images DIR --reference cifar10:train
+
+Images are generated in memory, split over the processes, and scored as uint8. Beside every score stands its floor: the
+score that as many real training images get against the test split. OUT holds results.json, results.csv and report.md;
+cells that are already in it are not computed again.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from utils import cli, config, constraints
+from utils.errors import InputError, run_script
+
+ALIASES = {
+    "n_samples": "evaluate.n_samples",
+    "metrics": "evaluate.metrics",
+    "feature_extractor": "evaluate.feature_extractor",
+    "feature_extractor_weights": "evaluate.feature_extractor_weights",
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(("data", "model", "diffusion", "sample", "evaluate"), description=__doc__)
+    parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
+    parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
+    parser.add_argument("--images", metavar="DIR", help="score this folder instead (every image below it)")
+    parser.add_argument("--reference", metavar="NAME|DIR", help="data set, NAME:train (default), NAME:test or NAME:all, or a folder")
+    parser.add_argument("--n_samples", metavar="N", help="images to generate")
+    parser.add_argument("--metrics", nargs="+", metavar="M", help=", ".join(config.KEYS["evaluate.metrics"].choices))
+    parser.add_argument("--samplers", nargs="+", metavar="NAME", help="score each of these samplers")
+    parser.add_argument("--skip_steps", nargs="+", metavar="S", help="score each of these step counts")
+    parser.add_argument("--feature_extractor", metavar="NAME", help=", ".join(config.KEYS["evaluate.feature_extractor"].choices))
+    parser.add_argument("--feature_extractor_weights", metavar="PATH", help="local weights file of the extractor")
+    parser.add_argument("--seed", type=cli.natural, default=2022, help="seed of the noise (default: 2022)")
+    parser.add_argument("--load_ema", type=cli.boolean, metavar="BOOL", help="EMA (true, the default) or raw weights")
+    parser.add_argument("--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: beside what is scored)")
+    parser.add_argument("--force", action="store_true", help="score fewer images than the extractor has dimensions")
+    options, overrides = parser.parse(argv)
+    cli.alias(options, overrides, ALIASES)
+    asked = [(options.config, config.read_yaml(options.config))] if options.config else []
+    asked.append(("command line", overrides))
+    merged = config.merge(*asked)  # a wrong key or value is told before torch is imported
+    if options.print_config and options.weights is None:
+        print(config.to_yaml(merged), end="")
+        return 0
+    if (options.weights is None) == (options.images is None):
+        raise InputError("give either --weights PATH or --images DIR")
+    if options.images and (options.samplers or options.skip_steps or "evaluate.n_samples" in overrides):
+        raise InputError("--samplers, --skip_steps and --n_samples go with --weights: a folder is scored as it is")
+    cli.require(options, *([] if options.print_config else ["reference"]))
+    cells = sweep(options, asked)
+    if options.images:
+        return evaluate(options, merged, None, cells)
+
+    from utils.weights import open_weights
+
+    weights = open_weights(options.weights, options.load_ema, asked)
+    for cell in cells:
+        constraints.check(config.merge(("command line", cell), base=weights.config), training=False)
+    if options.print_config:
+        print(config.to_yaml(weights.config), end="")
+        return 0
+    return evaluate(options, weights.config, weights, cells)
+
+
+def sweep(options, asked) -> list[dict[str, str]]:
+    """The cells: every sampler with every step count, each as overrides; few steps, the cheap ones, first."""
+    samplers = [{"sample.sampler": name} for name in options.samplers] if options.samplers else [{}]
+    steps = [{"sample.skip_steps": text} for text in options.skip_steps] if options.skip_steps else [{}]
+    cells = [sampler | step for step in steps for sampler in samplers]
+    for cell in cells:
+        config.merge(*asked, ("--samplers or --skip_steps", cell))
+    return sorted(cells, key=lambda cell: int(cell.get("sample.skip_steps", 0)))
+
+
+def evaluate(options, cfg, weights, cells: list[dict[str, str]]) -> int:
+    """Score each cell that is not in the results yet, and print the table."""
+    from utils import distributed
+    from utils.fidelity import scores
+    from utils.reference import features_of
+    from utils.results import Results, cell_id, report
+    from utils.scoring import Scorer, folder_images, generated_images
+
+    accelerator = distributed.start()
+    results = Results(Path(options.out or default_out(options, weights)))
+    images = folder_images(options.images) if options.images else None
+    scorer = Scorer.open(accelerator, cfg, options.reference, images)
+    n = len(images) if options.images else cfg.evaluate.n_samples
+    scorer.check_count(n, options.force)
+    for cell in cells:
+        sampled = config.merge(("command line", cell), base=cfg)
+        protocol = scorer.protocol(sampled, weights, options, images, n)
+        if results.find(cell_id(protocol)):
+            cli.say(f"{scorer.label(sampled, weights, options)}: already in {results.out}")
+            continue
+        began = time.monotonic()
+        if weights:
+            batches = generated_images(accelerator, sampled, weights, options.seed, n, options.micro_batch)
+            found, seconds = scorer.features(batches), time.monotonic() - began
+        else:
+            found, seconds = features_of(images, scorer.extractor, Path(cfg.evaluate.cache_dir), accelerator), None
+        if accelerator.is_main_process:
+            values = scores(list(cfg.evaluate.metrics), scorer.extractor, found, scorer.real, cfg.evaluate.kid_subset_size)
+            results.add(
+                {
+                    "id": cell_id(protocol),
+                    "label": scorer.label(sampled, weights, options),
+                    "reference": scorer.reference.name,
+                    "extractor": cfg.evaluate.feature_extractor,
+                    "n": n,
+                    "scores": values,
+                    **scorer.floor(n),
+                    "seconds_per_image": seconds / n if seconds else None,
+                    "protocol": protocol,
+                    "circumstances": scorer.circumstances(weights),
+                }
+            )
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(report(results.rows), end="")
+        print(f"\nresults: {results.out.resolve()}", file=sys.stderr)
+    accelerator.end_training()
+    return 0
+
+
+def default_out(options, weights) -> Path:
+    """SAVE_DIR-scores beside a folder; RUN/scores/stepNNNNNN for a checkpoint."""
+    if options.images:
+        return Path(options.images).with_name(f"{Path(options.images).resolve().name}-scores")
+    step = weights.file.parent
+    return step.parent.parent / "scores" / step.name if step.parent.name == "ckpt" else step / "scores"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,89 @@
+"""What generated images are compared with: a data set by name and split, or a folder; its features are cached."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+
+from utils import config as schema
+from utils.checkpoint import write_atomically
+from utils.data import SPLITS, join, load_splits
+from utils.data.batches import decode_all
+from utils.data.image_set import ImageSet
+from utils.distributed import gather_rows, share
+from utils.errors import InputError
+from utils.fidelity import Extractor, Features
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass
+class Reference:
+    """The real images: those scores are taken against, and the train and test splits around them."""
+
+    images: ImageSet
+    train: ImageSet
+    test: ImageSet | None
+
+    @property
+    def name(self) -> str:
+        return self.images.name
+
+
+def open_reference(text: str, data: DictConfig, image_size: int, channels: int) -> Reference:
+    """`--reference NAME[:SPLIT]` (split train where left out, or test, all) or a folder of images.
+
+    `data` (the checkpoint's data section) is used for its own data set; another one takes its own recipe's.
+
+    Raises:
+        InputError: neither a data set nor a folder, or a split that does not exist.
+    """
+    name, _, split = text.partition(":")
+    names = schema.KEYS["data.name"].choices
+    if name.replace("-", "_") in names and name != "image_folder":
+        name = name.replace("-", "_")
+        if data.name != name:
+            recipe = CONFIGS / f"ddpm_{name}.yaml"
+            data = schema.merge((str(recipe), schema.read_yaml(recipe))).data if recipe.exists() else data.copy()
+            data.name = name
+    elif Path(text).is_dir():
+        same = data.name == "image_folder" and Path(data.root).resolve() == Path(text).resolve()
+        data, split = data.copy(), ""
+        data.name, data.root = "image_folder", text
+        data.valid_fraction = data.valid_fraction if same else 0.0
+    else:
+        hint = schema.nearest(name, names)
+        raise InputError(f"--reference {text}: neither a folder nor one of {', '.join(names[:-1])}{hint}")
+    if split and split not in SPLITS:
+        raise InputError(f"--reference {text}: the splits are {', '.join(SPLITS)}")
+    data.image_size, data.channels = image_size, channels
+    splits = load_splits(data)
+    return Reference(join(splits, split or "train"), splits["train"], splits.get("test"))
+
+
+def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, accelerator) -> Features:
+    """Features of every image, extracted on all processes, cached under a hash of all that they depend on."""
+    identity = f"{images.content_hash()} {extractor.name} {extractor.weights_sha256} {sorted(extractor.layers.values())}"
+    path = cache_dir / f"features-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
+    if all_agree(accelerator, path.exists()):
+        return load_file(path)
+    pixels = decode_all(images)
+    mine = share(len(pixels), accelerator.process_index, accelerator.num_processes)
+    found = extractor([pixels[mine]])
+    found = {layer: gather_rows(accelerator, value) for layer, value in found.items()}
+    if accelerator.is_main_process:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda p: save_file(found, p))
+    return found
+
+
+def all_agree(accelerator, value: bool) -> bool:
+    """True where it is on every process: a cache that only some can see is not used by any. A collective."""
+    if accelerator.num_processes == 1:
+        return value
+    return bool(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum") == accelerator.num_processes)

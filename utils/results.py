@@ -1,0 +1,90 @@
+"""Scores on disk: results.json (everything needed to repeat each number), results.csv and report.md."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import write_atomically
+from utils.errors import InputError
+
+SCORES = ("fid", "isc", "kid", "precision", "recall", "f_score")
+
+
+def cell_id(protocol: dict[str, Any]) -> str:
+    """A hash of everything a score depends on."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Results:
+    """The rows of OUT/results.json; a row is {id, label, n, extractor, scores, floor, protocol, ...}."""
+
+    def __init__(self, out: Path) -> None:
+        """Raises InputError where results.json can't be read."""
+        self.out, self.rows = out, []
+        path = out / "results.json"
+        if path.exists():
+            try:
+                self.rows = json.loads(path.read_text())["rows"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise InputError(f"{path} can't be read: move it away or choose another --out") from None
+
+    def find(self, identity: str) -> dict[str, Any] | None:
+        return next((row for row in self.rows if row["id"] == identity), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row and write all three files."""
+        self.rows.append(row)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / "results.json", lambda p: p.write_text(json.dumps({"rows": self.rows}, indent=1)))
+        write_atomically(self.out / "results.csv", lambda p: p.write_text(to_csv(self.rows)))
+        write_atomically(self.out / "report.md", lambda p: p.write_text(report(self.rows)))
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    names = ["label", "reference", "extractor", "n", *SCORES, "seconds_per_image"]
+    writer = csv.DictWriter(text, names + [f"floor_{name}" for name in SCORES], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        flat = {name: row.get(name) for name in names} | row["scores"]
+        flat |= {f"floor_{name}": value for name, value in (row["floor"] or {}).items()}
+        writer.writerow({name: value for name, value in flat.items() if name in writer.fieldnames})
+    return text.getvalue()
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """One markdown table per reference, extractor and count, with the floor as its last row."""
+    parts, groups = [], {}
+    for row in rows:
+        groups.setdefault((row["reference"], row["extractor"], row["n"]), []).append(row)
+    for (reference, extractor, n), group in groups.items():
+        names = [name for name in SCORES if any(name in row["scores"] for row in group)]
+        title = f"**{', '.join(f'{name}[{extractor}]@{n}' for name in names)}** against {reference}\n"
+        table = [["images", *names, "ms per image"]]
+        for row in group:
+            speed = f"{1000 * row['seconds_per_image']:.2f}" if row.get("seconds_per_image") else ""
+            table.append([row["label"], *(_number(row["scores"], name) for name in names), speed])
+        floor = next((row for row in group if row["floor"]), None)
+        if floor:
+            table.append([f"floor: {floor['floor_label']}", *(_number(floor["floor"], name) for name in names), ""])
+        parts.append(title + "\n" + markdown(table))
+    return "\n".join(parts)
+
+
+def _number(values: dict[str, float], name: str) -> str:
+    if name not in values:
+        return ""
+    spread = f" ± {values[name + '_std']:.2g}" if name + "_std" in values else ""
+    return f"{values[name]:.4g}{spread}"
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Rows of cells, the first the header -> an aligned markdown table."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"

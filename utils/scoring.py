@@ -1,0 +1,176 @@
+"""One evaluation: the reference, the extractor, the floor, and the features of what was generated."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusions import SAMPLERS, build_process
+from utils import classifier, precision
+from utils.cli import say
+from utils.data.image_folder import find_images, load_folder, read_image
+from utils.data.image_set import ImageSet
+from utils.distributed import gather_rows, share
+from utils.errors import InputError
+from utils.fidelity import Extractor, Features, open_extractor, scores
+from utils.micro_batch import generate_fitting
+from utils.protocol import hardware, sampling_identity, versions
+from utils.reference import Reference, features_of, open_reference
+from utils.weights import load_network
+
+FEW = 10_000  # below this many images FID is far from its value at 50,000
+
+
+def folder_images(path: str) -> ImageSet:
+    """The images below a folder as they are; all must have the size and mode of the first.
+
+    Raises:
+        InputError: no folder, no image, or sizes that differ.
+    """
+    paths = find_images(Path(path))
+    first = read_image(paths[0], 3)
+    if first.shape[1] != first.shape[2]:
+        raise InputError(f"--images {path}: {paths[0].name} is {first.shape[2]}x{first.shape[1]} pixels: not square")
+    channels = 1 if bool((first == first[:1]).all()) else 3
+    return load_folder(Path(path), first.shape[1], channels, Path(path).resolve().name)
+
+
+def generated_images(
+    accelerator, config: DictConfig, weights, seed: int, n: int, micro_batch: int | None
+) -> Iterator[Tensor]:
+    """This process's share of the images 0..n-1, uint8 [b, C, H, W] at a time; says first what it will cost."""
+    options = config.sample
+    dtype = precision.DTYPES[precision.mixed_precision(options.mixed_precision)]
+    precision.set_determinism(precision.wants_determinism("auto"))
+    net, process = load_network(weights, accelerator.device), build_process(config.diffusion)
+    steps = options.skip_steps or process.total_steps
+    mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
+    evaluations = int(steps * SAMPLERS[options.sampler].evals_per_step)
+    say(f"{options.sampler}, {steps} {options.skip_type} steps: {n:,} images, {evaluations} network evaluations each")
+    bar = tqdm(total=len(mine), desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
+               disable=not accelerator.is_main_process)  # fmt: skip
+    with bar:
+        for batch in generate_fitting(net, process, options, mine, seed, micro_batch, dtype=dtype):
+            bar.update(len(batch.indices))
+            yield batch.images
+
+
+@dataclass
+class Scorer:
+    """The real side of an evaluation, made once for all its cells."""
+
+    accelerator: Any
+    config: DictConfig
+    reference: Reference
+    extractor: Extractor
+    real: Features
+    real_train: Features | None
+    real_test: Features | None
+    test_accuracy: float | None
+    floors: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, accelerator, config: DictConfig, reference: str, images: ImageSet | None) -> Scorer:
+        """Load the reference, make the extractor (training the classifier if need be), extract real features.
+
+        Raises:
+            InputError: a reference or weights that can't be used.
+        """
+        options, cache = config.evaluate, Path(config.evaluate.cache_dir)
+        size = images.size if images is not None else config.data.image_size
+        channels = images.channels if images is not None else config.data.channels
+        found = open_reference(reference, config.data, size, channels)
+        path, accuracy = options.feature_extractor_weights, None
+        if options.feature_extractor == classifier.NAME:
+            if path is not None:
+                raise InputError(f"evaluate.feature_extractor_weights: {classifier.NAME} trains its own")
+            with accelerator.main_process_first():  # one trains, the others then read its file
+                trained = classifier.trained(found.train, found.test, cache, accelerator.device)
+            path, accuracy = str(trained.path), trained.test_accuracy
+            shown = "unknown, there is no test split" if accuracy is None else f"{accuracy:.2%}"
+            say(f"dataset classifier of {found.train.name}: test accuracy {shown}")
+        with accelerator.main_process_first():  # one downloads
+            extractor = open_extractor(
+                options.feature_extractor, path, list(options.metrics), options.batch_size, accelerator.device
+            )
+        for_floor = [found.train, found.test] if found.test is not None else [None, None]
+        real, train, test = (
+            None if images is None else features_of(images, extractor, cache, accelerator)
+            for images in (found.images, *for_floor)
+        )
+        return cls(accelerator, config, found, extractor, real, train, test, accuracy)
+
+    def check_count(self, n: int, force: bool) -> None:
+        """Raise InputError for fewer images than feature dimensions, unless forced; warn under 10,000."""
+        dims = self.extractor.n_features(self.real)
+        for what, count in ((f"{n} images", n), (f"reference {self.reference.name}, {len(self.reference.images)} images", len(self.reference.images))):
+            if count < max(dims, 2) and not force:
+                raise InputError(f"{what}: fewer than the {dims} dimensions of {self.extractor.name}, so that FID has no meaning; --force to score all the same")  # fmt: skip
+        if n < FEW:
+            say(f"note: scores of {n:,} images are not comparable with those of 50,000; they are reported as @{n}")
+
+    def features(self, batches: Iterable[Tensor]) -> Features:
+        """Features of all processes' images, in the order of their indices. A collective."""
+        found = self.extractor(batches)
+        return {layer: gather_rows(self.accelerator, value) for layer, value in found.items()}
+
+    def floor(self, n: int) -> dict[str, Any]:
+        """The score of real training images, as many as were generated, against the test split; None without one."""
+        if self.reference.test is None:
+            return {"floor": None, "floor_label": "no test split"}
+        if n not in self.floors:
+            count = min(n, len(self.reference.train))
+            rows = torch.arange(count) * len(self.reference.train) // count
+            real = {layer: value[rows] for layer, value in self.real_train.items()}
+            options = self.config.evaluate
+            values = scores(list(options.metrics), self.extractor, real, self.real_test, options.kid_subset_size)
+            label = f"{count:,} of {self.reference.train.name} against {self.reference.test.name} ({len(self.reference.test):,})"
+            self.floors[n] = {"floor": values, "floor_label": label}
+        return self.floors[n]
+
+    def label(self, config: DictConfig, weights, options) -> str:
+        """What a row of the table is about."""
+        if weights is None:
+            return str(options.images)
+        sample = config.sample
+        eta = f", eta {sample.eta:g}" if sample.eta else ""
+        steps = sample.skip_steps or config.diffusion.total_steps
+        return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}"
+
+    def protocol(self, config: DictConfig, weights, options, images: ImageSet | None, n: int) -> dict[str, Any]:
+        """Everything that the scores of a cell depend on."""
+        evaluate = config.evaluate
+        if weights is not None:
+            name = precision.mixed_precision(config.sample.mixed_precision)
+            source = sampling_identity(weights, config, build_process(config.diffusion), options.seed, name)
+        else:
+            source = {"images_sha256": images.content_hash()}
+        return {
+            "source": source,
+            "n": n,
+            "reference": self.reference.name,
+            "reference_sha256": self.reference.images.content_hash(),
+            "image_size": config.data.image_size if images is None else images.size,
+            "extractor": self.extractor.name,
+            "extractor_weights_sha256": self.extractor.weights_sha256,
+            "metrics": list(evaluate.metrics),
+            "kid_subset_size": evaluate.kid_subset_size,
+        }
+
+    def circumstances(self, weights) -> dict[str, Any]:
+        return {
+            "weights": str(weights.file) if weights else None,
+            "weights_kind": weights.kind if weights else None,
+            "processes": self.accelerator.num_processes,
+            "hardware": hardware(self.accelerator.device),
+            "versions": versions(),
+            "classifier_test_accuracy": self.test_accuracy,
+        }
