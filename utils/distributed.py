@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.precision import on_gpu
 
 
 def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
@@ -23,6 +24,7 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
             "the launcher asks for gradient accumulation: leave it at 1 and set --train.micro_batch, "
             "which splits a process's share of train.batch_size"
         )
+    use_all_cores()
     handlers = [
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks may generate for hours between two collectives
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -35,6 +37,14 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
             "set ACCELERATE_USE_CPU=true to run them on the CPU"
         )
     return accelerator
+
+
+def use_all_cores() -> None:
+    """Undo the single thread that launchers give each process by default (OMP_NUM_THREADS=1) when computing on a CPU."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and not on_gpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def share(n: int, rank: int, world: int) -> Tensor:

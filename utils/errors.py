@@ -9,21 +9,28 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what is wrong and what would be right."""
 
 
+class TrainingDiverged(Exception):
+    """Too many updates in a row had a non-finite gradient; the message names the last good checkpoint."""
+
+
 def is_main_process() -> bool:
     """True on the process that may speak, known from the launcher's environment before torch is imported."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` and exit: its status, 2 for wrong input, 130 for Ctrl-C. Anything else keeps its traceback."""
+    """Run `main(argv)` and exit with its status: 2 for wrong input, 1 for a diverged training, 130 for Ctrl-C.
+
+    Each of these is one line on stderr, from the main process only. Anything else keeps its traceback.
+    """
     try:
-        status = main(sys.argv[1:])
+        status, line = main(sys.argv[1:]), None
     except InputError as error:
-        if is_main_process():
-            print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
+        status, line = 2, f"error: {error}"
+    except TrainingDiverged as error:
+        status, line = 1, f"stopped: {error}"
     except KeyboardInterrupt:
-        if is_main_process():
-            print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-        status = 130
+        status, line = 130, "interrupted"
+    if line and is_main_process():
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)

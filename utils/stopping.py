@@ -9,9 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-
-class TrainingDiverged(RuntimeError):
-    """Too many updates in a row had a non-finite gradient; the message names the last good checkpoint."""
+from utils.errors import TrainingDiverged
 
 
 class StopRule:

@@ -1,0 +1,36 @@
+# Everything from a fresh machine with Python 3.10+ and make. VENV= and PYTHON= can be overridden.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+
+.PHONY: demo test lint venv clean-demo
+
+demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under five minutes on two CPU cores
+	$(BIN)/python train_ddpm.py -c configs/ddpm_digits.yaml -e $(DEMO) -r auto
+	@for sampler in fixed-large fixed-small ddim; do \
+	  $(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 64 --save_dir $(DEMO)/images/$$sampler --sampler $$sampler --skip_steps 50 || exit 1; done
+	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/denoise --mode denoise --n_denoise 10
+	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/progressive --mode progressive --n_progressive 10
+	$(BIN)/python evaluate_ddpm.py --weights $(DEMO) --reference digits
+	@echo; echo "pictures:"; ls $(CURDIR)/$(DEMO)/curves.png $(CURDIR)/$(DEMO)/samples/*.png $(CURDIR)/$(DEMO)/images/*-grid.png
+
+test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean-demo:
+	rm -rf $(DEMO)
