@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_the_others(function):
 
 @pytest.mark.parametrize("high", [1, 2, 7, 1000])
 def test_randint_is_uniform(high):
-    n = 100_000
+    n = 50_000
     values = randint(11, torch.arange(n), 0, high)
     assert values.dtype == torch.int64 and values.shape == (n,)
     counts = torch.bincount(values, minlength=high)  # raises below 0
