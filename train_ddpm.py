@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(("seed", "data", "model", "diffusion", "train", "sample"), description=__doc__)
+    parser = cli.Parser(("seed", "data", "model", "diffusion", "train", "sample", "evaluate"), description=__doc__)
     parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file (default: configs/ddpm_digits.yaml)")
     parser.add_argument("-e", "--exp_dir", metavar="EXP_DIR", help="run folder (default: runs/exp-{time})")
     parser.add_argument("-r", "--resume", metavar="auto|PATH", help="go on from the newest good checkpoint, or from PATH")
@@ -57,8 +57,10 @@ def train(run) -> int:
     from utils.meter import Meter
     from utils.optimizer import build_ema, build_optimizer, lr_at
     from utils.preview import preview, validation_loss
+    from utils.profiling import profiler
     from utils.run_folder import claim
     from utils.stopping import StopRule
+    from utils.training_score import TrainingScore
 
     cfg, opts = run.config, run.config.train
     resolved = precision.resolve(cfg, run.stored_state().get("resolved"))
@@ -89,6 +91,7 @@ def train(run) -> int:
     state = training_state.restore(run.checkpoint, accelerator, net, ema, optimizer) if run.checkpoint else {"step": 0}
     meter = Meter(accelerator, state.get("meter"))
     stop = StopRule(accelerator, opts)
+    score = TrainingScore(accelerator, cfg) if opts.evaluate_every else None
 
     start = state["step"]
     log = RunLog(accelerator, run.folder, start, n_steps)
@@ -100,47 +103,51 @@ def train(run) -> int:
     share = opts.batch_size // world
     micro_batches = torch.arange(share, device=device).split(opts.micro_batch or share)
     model.train()
-    for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
-        x0 = to_unit(images).contiguous(memory_format=layout)
-        t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
-        eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
-        lr = lr_at(step, n_steps, opts)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    with profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
+        for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
+            x0 = to_unit(images).contiguous(memory_format=layout)
+            t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
+            eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
+            lr = lr_at(step, n_steps, opts)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        total = torch.zeros((), device=device)
-        for i, rows in enumerate(micro_batches):
-            distributed.seed_dropout(cfg.seed, step, rank, i)
-            with distributed.sync_gradients(accelerator, model, i == len(micro_batches) - 1):
-                loss = process.loss(model, x0[rows], t[rows], eps[rows]).sum() / share
-                accelerator.backward(loss)
-            total += loss.detach() / world
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
-        bad = meter.update(total, grad_norm)
-        stop.skip_if_bad(optimizer, bad)  # the fused update leaves weights alone where the gradient is not finite
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
+            total = torch.zeros((), device=device)
+            for i, rows in enumerate(micro_batches):
+                distributed.seed_dropout(cfg.seed, step, rank, i)
+                with distributed.sync_gradients(accelerator, model, i == len(micro_batches) - 1):
+                    loss = process.loss(model, x0[rows], t[rows], eps[rows]).sum() / share
+                    accelerator.backward(loss)
+                total += loss.detach() / world
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
+            bad = meter.update(total, grad_norm)
+            stop.skip_if_bad(optimizer, bad)  # the fused update leaves weights alone where the gradient is not finite
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update()
 
-        done, shown = step + 1, {}
-        ends, stops = done == n_steps, stop.time_is_up(done)
-        if done % opts.log_every == 0 or ends:
-            values = meter.read()
-            shown = {"loss": values["loss"], "lr": lr} | log.rate(done, opts.batch_size)
-            log.metrics(done, values | shown)
-            stop.check_bad(values["bad_in_row"], run.folder)
-        if valid is not None and (done % opts.valid_every == 0 or ends):
-            losses = [validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model)]
-            log.metrics(done, {"valid_loss": losses[0], "valid_loss_ema": losses[1]})
-        if done % opts.sample_every == 0 or ends:
-            log.preview(done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype))
-        if done % opts.save_every == 0 or ends or stops:
-            training_state.save(run, done, accelerator, net, ema, optimizer, meter, resolved=resolved)
-            log.say(f"saved       {run.folder / 'ckpt' / f'step{done:06d}'}")
-        log.progress(**shown)
-        if stops and not ends:
-            log.say(f"stopped     after {opts.max_hours:g} hours at step {done:,}; go on with -e {run.folder} -r auto")
-            break
+            done, shown = step + 1, {}
+            ends, stops = done == n_steps, stop.time_is_up(done)
+            if done % opts.log_every == 0 or ends:
+                values = meter.read()
+                shown = {"loss": values["loss"], "lr": lr} | log.rate(done, opts.batch_size)
+                log.metrics(done, values | shown)
+                stop.check_bad(values["bad_in_row"], run.folder)
+            if valid is not None and (done % opts.valid_every == 0 or ends):
+                raw, averaged = (validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model))
+                log.metrics(done, {"valid_loss": raw, "valid_loss_ema": averaged})
+            if done % opts.sample_every == 0 or ends:
+                log.preview(done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype))
+            if score and (done % opts.evaluate_every == 0 or ends):
+                log.metrics(done, score(ema.ema_model, process, share, dtype))
+            if done % opts.save_every == 0 or ends or stops:
+                training_state.save(run, done, accelerator, net, ema, optimizer, meter, resolved=resolved)
+                log.say(f"saved       {run.folder / 'ckpt' / f'step{done:06d}'}")
+            profile.step()
+            log.progress(**shown)
+            if stops and not ends:
+                log.say(f"stopped     after {opts.max_hours:g} hours at step {done:,}; go on with -e {run.folder} -r auto")
+                break
     log.close()
     return 0
 

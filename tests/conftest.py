@@ -20,14 +20,14 @@ TINY = [
 def command(script: str, *args: object, processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, str(ROOT / script), *map(str, args)]
 
 
-def environment(processes: int = 1) -> dict[str, str]:
+def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK"))}
-    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-    return {**kept, **threads, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # tiny networks gain nothing from more, and spinning threads slow all others
+    return {**kept, **one_thread, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
 
 def run(script: str, *args: object, cwd: Path, processes: int = 1, status: int = 0) -> subprocess.CompletedProcess:
@@ -35,7 +35,7 @@ def run(script: str, *args: object, cwd: Path, processes: int = 1, status: int =
     done = subprocess.run(
         command(script, *args, processes=processes),
         cwd=cwd,
-        env=environment(processes),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=600,

@@ -166,12 +166,12 @@ def test_damage_is_noticed_and_named(tmp_path, name, how):
 
 
 @pytest.mark.parametrize("text", [
-    "", "not json", "null", "[]", "{}", '{"sha256": {}}', '{"sha256": null}', '{"sha256": 5}', '{"sha256": ["config.yaml"]}',
-    b"\xff\xfe\x00",
+    b"", b"not json", b"\xff\xfe\x00", b"null", b"[]", b"{}",
+    b'{"sha256": {}}', b'{"sha256": null}', b'{"sha256": 5}', b'{"sha256": ["config.yaml"]}',
 ])  # fmt: skip
 def test_a_garbage_manifest_is_a_problem_not_a_crash(tmp_path, text):
     folder = save(tmp_path, 5)
-    (folder / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "manifest.json").write_bytes(text)
     assert "manifest.json" in problem(folder)
 
 
@@ -208,7 +208,8 @@ def test_folders_set_aside_are_not_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("keep, best, left", [
-    (2, None, [4, 5]), (1, None, [5]), (9, None, [1, 2, 3, 4, 5]), (None, None, [1, 2, 3, 4, 5]), (2, 1, [1, 4, 5]), (1, 5, [5]),
+    (2, None, [4, 5]), (1, None, [5]), (9, None, [1, 2, 3, 4, 5]), (None, None, [1, 2, 3, 4, 5]),
+    (2, 1, [1, 4, 5]), (1, 5, [5]),
 ])  # fmt: skip
 def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     for step in range(1, 6):
@@ -270,7 +271,7 @@ def test_a_pickle_payload_is_an_error_and_never_runs(tmp_path, zipped):
         (folder / "optimizer.pt").write_bytes(pickle.dumps({"state": Payload(marker)}))
     net = network()
     ema = build_ema(net, config.merge().train)
-    with pytest.raises(Exception, match="(?i)weights.?only|unsupported"):
+    with pytest.raises(Exception, match=r"(?i)weights.?only|unsupported"):
         read_optimizer(folder)
     with pytest.raises(InputError, match=r"optimizer\.pt"):
         training_state.restore(folder, SimpleNamespace(scaler=None), net, ema, torch.optim.AdamW(net.parameters()))

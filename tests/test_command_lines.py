@@ -180,7 +180,7 @@ def test_only_the_main_process_speaks(cwd: Path) -> None:
 
 
 def test_processes_that_each_believe_to_be_alone_are_refused(cwd: Path) -> None:
-    """What torchrun and `accelerate launch --multi_gpu` start where there is no GPU and ACCELERATE_USE_CPU is not set."""
+    """What torchrun and `accelerate launch --multi_gpu` start without a GPU, unless ACCELERATE_USE_CPU is set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

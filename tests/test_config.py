@@ -302,9 +302,7 @@ def test_recipe_is_valid_and_round_trips(tmp_path: Path, recipe: Path) -> None:
     assert config.differences(merged, again) == {}
 
 
-@pytest.mark.parametrize(
-    "root", ["null", "no", "1e3", "010", "12:30", "a: b #c", "- x", "", "[1]", "'", "tab\there", "ü"]
-)
+@pytest.mark.parametrize("root", ["no", "1e3", "010", "12:30", "a: b #c", "- x", "", "[1]", "'", "tab\there", "ü"])
 def test_awkward_values_survive_the_round_trip(tmp_path: Path, root: str) -> None:
     values = {"data.root": root, "train.mixed_precision": "no", "train.compile": "true", "train.lr": 3e-7}
     values |= {"train.clip_grad_norm": None, "model.attn_resolutions": [], "train.betas": [0.5, 1e-9]}

@@ -177,7 +177,7 @@ def test_order_of_convergence(name):
 @every_skip_type
 @every_case
 def test_an_oracle_recovers_x0(name, eta, skip_type):
-    """Only the last step can reach alpha_bar = 1; without clipping, and also where the schedule ends at alpha_bar = 0."""
+    """The last step must reach alpha_bar = 1; without clipping, and also where alpha_bar_T = 0."""
     x0 = 1.5 * normal(2, 3, 2, 2, seed=3)
     for alpha_bar in (ALPHA_BAR, rescale_zero_terminal_snr(ALPHA_BAR)):
         for S in (1, 2, 7, 30, T):
@@ -309,7 +309,7 @@ def test_ddim_with_eta_1_is_fixed_small(skip_type, S):
     for a, b in zip(small, ddim, strict=True):
         torch.testing.assert_close(a.x, b.x, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(a.x0, b.x0, rtol=1e-9, atol=1e-9)
-    assert (small[0].x - large[0].x).abs().max() > 1e-5 and (small[-1].x - large[-1].x).abs().max() > 1e-5
+    assert (small[-2].x - large[-2].x).abs().max() > 1e-3, "after the last noise"
 
 
 # --- diffusers, step for step ---

@@ -105,13 +105,14 @@ class Train:
     save_every: int = key(5000, "updates between checkpoints (one is always made at the end)", ge=1)
     sample_every: int = key(5000, "updates between previews", ge=1)
     valid_every: int = key(5000, "updates between validation losses", ge=1)
-    evaluate_every: int | None = key(None, "updates between scores with dataset-classifier; null: never", ge=1)
+    evaluate_every: int | None = key(None, "updates between FIDs with dataset-classifier; null: never", ge=1)
+    n_evaluate: int = key(2000, "images generated for such a score", ge=1)
     keep_last: int | None = key(3, "newest checkpoints to keep; null: all", ge=1)
     n_samples: int = key(64, "images in a preview", ge=1)
     n_valid: int = key(2048, "validation images used at most", ge=1)
     max_hours: float | None = key(None, "save and stop after this wall time [hours]", gt=0)
     max_bad_steps: int = key(20, "stop after so many updates in a row with a non-finite gradient", ge=1)
-    profile: bool = key(False, "write a Chrome trace of steps 10 to 14 of this start")
+    profile: bool = key(False, "write trace.json, a Chrome trace of steps 11 to 15 of this start")
 
 
 @dataclass

@@ -1,0 +1,514 @@
+"""Scores: closed forms, torch-fidelity itself as the oracle, weights files, caches, references and result tables."""
+
+import csv
+import dataclasses
+import json
+import pickle
+import re
+import urllib.error
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from safetensors.torch import load_file
+from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+from utils import classifier, config
+from utils.data import load_splits
+from utils.data.image_set import ImageSet
+from utils.errors import InputError
+from utils.fidelity import fid, open_extractor, scores
+from utils.images import file_name, write_png
+from utils.reference import features_of, open_reference
+from utils.results import Results, cell_id
+from utils.scoring import Scorer
+
+CPU = torch.device("cpu")
+INCEPTION = "inception-v3-compat"
+METRICS = ["fid", "isc", "kid", "prc"]
+ALONE = SimpleNamespace(
+    process_index=0, num_processes=1, is_main_process=True, device=CPU, main_process_first=nullcontext
+)
+
+
+def data_options(**keys):
+    return config.merge(("test", {f"data.{name}": value for name, value in keys.items()})).data
+
+
+@pytest.fixture(autouse=True)
+def few_classifier_steps(monkeypatch):
+    monkeypatch.setattr(classifier, "N_STEPS", 30)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits(data_options(valid_fraction=0.2))
+
+
+@pytest.fixture(scope="module")
+def weights(digits, tmp_path_factory):
+    """A classifier of the digits after a few steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(classifier, "N_STEPS", 30)
+        return classifier.trained(digits["train"], digits["test"], tmp_path_factory.mktemp("cache"), CPU)
+
+
+@pytest.fixture(scope="module")
+def extractor(weights):
+    return open_extractor(classifier.NAME, str(weights.path), METRICS, 64, CPU)
+
+
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+# FID
+
+
+def features_with(mean, covariance, n=200, seed=0):
+    """float64 [n, D] whose sample mean and covariance are exactly these."""
+    rows = np.random.RandomState(seed).randn(n, len(mean))
+    rows -= rows.mean(0)
+    rows = rows @ np.linalg.inv(np.linalg.cholesky(np.cov(rows, rowvar=False))).T
+    return torch.from_numpy(rows @ np.linalg.cholesky(covariance).T + mean)
+
+
+def root(matrix):
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values)) @ vectors.T
+
+
+def gaussian(seed, dim=5):
+    rng = np.random.RandomState(seed)
+    spread = rng.randn(dim, dim)
+    return rng.randn(dim), spread @ spread.T + 0.1 * np.eye(dim)
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (3, 4), (5, 5)])
+def test_fid_of_two_gaussians_is_the_closed_form(seeds):
+    (mean_1, cov_1), (mean_2, cov_2) = (gaussian(seed) for seed in seeds)
+    mean_2 = mean_2 + 1
+    half = root(cov_1)
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * root(half @ cov_2 @ half))
+    found = fid(features_with(mean_1, cov_1, 200, 7), features_with(mean_2, cov_2, 333, 8))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_fid_of_a_set_with_itself_is_zero_and_fid_is_symmetric():
+    a, b = features_with(*gaussian(1)).float(), features_with(*gaussian(2)).float()
+    assert abs(fid(a, a)) < 1e-4 and fid(a, b) > 1
+    assert fid(a, b) == pytest.approx(fid(b, a), rel=1e-6)
+    assert fid(a, b) == pytest.approx(fid(a[torch.randperm(len(a))], b), rel=1e-4)
+
+
+# torch-fidelity as the oracle
+
+
+class Bare(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+@pytest.mark.parametrize("kind", ["folder", "dataset"])
+def test_scores_are_those_of_torch_fidelity(digits, weights, extractor, tmp_path, kind):
+    real = digits["test"].images[:200]
+    noise = torch.randint(-60, 61, real.shape, generator=torch.Generator().manual_seed(0))
+    generated = (digits["train"].images[:250].roll(1, -1)[:200] + noise).clamp(0, 255).to(torch.uint8)
+    inputs = []
+    for name, images in (("generated", generated), ("real", real)):
+        inputs.append(str(tmp_path / name) if kind == "folder" else Bare(images))
+        if kind == "folder":
+            (tmp_path / name).mkdir()
+            for i, image in enumerate(images):
+                write_png(tmp_path / name / file_name(i), image)
+    oracle = torch_fidelity.calculate_metrics(
+        input1=inputs[0], input2=inputs[1], isc=True, fid=True, kid=True, prc=True, kid_subset_size=100,
+        feature_extractor=classifier.NAME, feature_extractor_weights_path=str(weights.path), cuda=False,
+        save_cpu_ram=True, cache=False, verbose=False,
+    )  # fmt: skip
+    found = scores(METRICS, extractor, extractor(generated.split(90)), extractor([real]), 100)
+    names = {"fid": "frechet_inception_distance", "isc": "inception_score_mean", "isc_std": "inception_score_std",
+             "kid": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std",
+             "precision": "precision", "recall": "recall", "f_score": "f_score"}  # fmt: skip
+    assert found.keys() == names.keys()
+    for name, theirs in names.items():
+        assert found[name] == pytest.approx(oracle[theirs], rel=1e-6, abs=1e-9), name
+    assert found["fid"] > 1e-3 and 0 < found["precision"] < 1 and found["isc"] > 1
+
+
+def test_only_the_metrics_asked_for_are_computed(digits, extractor):
+    features = extractor([digits["test"].images[:70]])
+    assert set(scores(["fid"], extractor, features, features, 10)) == {"fid"}
+    found = scores(["kid"], extractor, features, features, 10_000)  # fewer images than a subset
+    assert set(found) == {"kid", "kid_std"}
+
+
+def test_features_do_not_depend_on_batches(digits, extractor):
+    images = digits["test"].images[:100]
+    whole = extractor([images])
+    parts = dataclasses.replace(extractor, batch_size=9)(images.split(13))
+    assert whole.keys() == {"features", "logits"} and whole["features"].shape == (100, 64)
+    for layer, value in whole.items():
+        assert value.dtype == torch.float32 and torch.allclose(parts[layer], value, atol=1e-4)
+    assert extractor.n_features(whole) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
+def test_only_uint8_images_are_scored(extractor, dtype):
+    with pytest.raises(TypeError, match="uint8"):
+        extractor([torch.zeros(2, 1, 8, 8, dtype=dtype)])
+
+
+def test_a_gray_classifier_reads_gray_as_rgb_alike(digits, extractor):
+    images = digits["test"].images[:9]
+    gray, rgb = extractor([images]), extractor([images.expand(-1, 3, -1, -1)])
+    assert all(torch.equal(gray[layer], rgb[layer]) for layer in gray)
+    with pytest.raises(ValueError, match="8-pixel"):
+        extractor([torch.zeros(1, 1, 16, 16, dtype=torch.uint8)])
+
+
+# Weights of Inception
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Random weights of the right names and shapes."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patched.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        torch.save(inception.FeatureExtractorInceptionV3(INCEPTION, ["2048"]).state_dict(), path)
+    return path
+
+
+def test_inception_reads_a_local_file_and_one_channel(inception_file):
+    found = open_extractor(INCEPTION, str(inception_file), ["fid"], 4, CPU)
+    images = torch.randint(0, 256, (4, 1, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    gray = found([images])
+    assert gray["2048"].shape == (4, 2048) and bool(gray["2048"].isfinite().all()) and found.n_features(gray) == 2048
+    assert gray["2048"].std(0).max() > 0
+    assert torch.allclose(gray["2048"][:1], found([images[:1].expand(-1, 3, -1, -1)])["2048"], rtol=1e-3, atol=1e-5)
+    assert len(found.weights_sha256) == 64
+
+
+def _truncated(path, source):
+    path.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+
+
+def _payload(path, _):
+    torch.save({"fc.bias": Payload(path.parent / "executed")}, path)
+
+
+def _raw_payload(path, _):
+    path.write_bytes(pickle.dumps(Payload(path.parent / "executed")))
+
+
+BROKEN = {
+    "truncated": _truncated,
+    "empty": lambda path, _: path.write_bytes(b""),
+    "missing": lambda path, _: None,
+    "folder": lambda path, _: path.mkdir(),
+    "payload": _payload,
+    "raw payload": _raw_payload,
+    "other network": lambda path, _: torch.save({"weight": torch.zeros(3)}, path),
+    "other shape": lambda path, source: torch.save(torch.load(source) | {"fc.bias": torch.zeros(3)}, path),
+    "list": lambda path, _: torch.save([torch.zeros(3)], path),
+}
+
+
+@pytest.mark.parametrize("how, name", [
+    *((how, "weights.pth") for how in BROKEN),
+    *((how, "weights.safetensors") for how in BROKEN if how != "other shape"),
+])  # fmt: skip
+def test_weights_that_cannot_be_used_are_one_clear_error(inception_file, tmp_path, how, name):
+    path = tmp_path / name
+    BROKEN[how](path, inception_file)
+    try:
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            open_extractor(INCEPTION, str(path), ["fid"], 4, CPU)
+    finally:
+        assert not (tmp_path / "executed").exists(), "the file's code was run"
+
+
+@pytest.mark.parametrize("error", [
+    urllib.error.URLError("no network"), ConnectionResetError("reset"), TimeoutError("slow"), OSError(28, "No space"),
+])  # fmt: skip
+def test_without_a_network_the_error_says_what_to_do(monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", fails)
+    with pytest.raises(InputError) as raised:
+        open_extractor(INCEPTION, None, ["fid"], 4, CPU)
+    assert all(text in str(raised.value) for text in ("--feature_extractor_weights PATH", classifier.NAME, INCEPTION))
+    assert "\n" not in str(raised.value)
+
+
+# The dataset classifier
+
+
+def changed_labels(images):
+    return ImageSet(images.name, images.images, (images.labels + 1) % 10, images.classes)
+
+
+def test_the_classifier_learns_and_is_trained_once(digits, weights, monkeypatch):
+    assert weights.test_accuracy > 0.5
+    before = torch.random.get_rng_state()
+    monkeypatch.setattr(classifier, "_train", lambda *_: pytest.fail("trained again"))
+    assert classifier.trained(digits["train"], digits["test"], weights.path.parent, CPU) == weights
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_training_the_classifier_is_repeatable_and_leaves_torchs_generator_alone(digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(classifier, "N_STEPS", 3)
+    found = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        trained = classifier.trained(digits["train"], digits["test"], tmp_path / str(seed), CPU)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        found.append((trained.path.name, load_file(trained.path)))
+    (name, first), (other_name, second) = found
+    assert name == other_name and all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
+
+
+def test_other_data_is_another_classifier(digits, weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(classifier, "N_STEPS", 2)
+    train, test = digits["train"], digits["test"]
+    half = train.subset(torch.arange(700), train.name)
+    cases = [(train, test), (changed_labels(train), test), (train, changed_labels(test)), (train, None), (half, test)]
+    found = [classifier.trained(*case, tmp_path, CPU) for case in cases]
+    monkeypatch.setattr(classifier, "N_STEPS", 3)
+    found.append(classifier.trained(train, test, tmp_path, CPU))
+    assert len({trained.path for trained in found}) == len(found) == len(list(tmp_path.iterdir()))
+    assert found[3].test_accuracy is None and found[0].test_accuracy is not None
+
+
+def test_the_classifier_needs_labels(digits, tmp_path):
+    for labels, classes in ((None, []), (digits["train"].labels * 0, ["one"])):
+        with pytest.raises(InputError, match="needs labels"):
+            classifier.trained(ImageSet("plain", digits["train"].images, labels, classes), None, tmp_path, CPU)
+
+
+# Cached features
+
+
+def test_cached_features_are_never_stale(digits, extractor, tmp_path):
+    images = digits["test"].subset(torch.arange(20), "digits:test")
+    calls = []
+
+    def find(images, **changes):
+        """(features, files that are new, times that the network was run)."""
+        files = set(tmp_path.iterdir())
+        calls.clear()
+        value = features_of(images, dataclasses.replace(extractor, **changes), tmp_path, ALONE)
+        return value, len(set(tmp_path.iterdir()) - files), len(calls)
+
+    hook = extractor.net.register_forward_hook(lambda *_: calls.append(None))
+
+    first, new, extracted = find(images)
+    assert (new, extracted) == (1, 1)
+    again, new, extracted = find(images)
+    assert (new, extracted) == (0, 0) and again.keys() == first.keys()
+    assert all(torch.equal(again[layer], first[layer]) for layer in first)
+    other = ImageSet(images.name, images.images.clone(), images.labels, images.classes)
+    other.images[7, 0, 3, 3] ^= 1
+    for case in (other, images.subset(torch.arange(19), images.name)):
+        assert find(case)[1:] == (1, 1)
+    for change in ({"weights_sha256": "0" * 64}, {"layers": {"fid": "features"}}, {"name": "other"}):
+        assert find(images, **change)[1:] == (1, 1)
+    assert not torch.equal(find(other)[0]["features"], first["features"])
+    hook.remove()
+
+
+# References
+
+
+def test_a_reference_is_a_data_set_with_a_split(digits):
+    data = data_options(valid_fraction=0.2)
+    for text, n in (("digits", 1438), ("digits:train", 1438), ("digits:test", 359), ("digits:all", 1797)):
+        found = open_reference(text, data.copy(), 8, 1)
+        assert found.name == (text if ":" in text else "digits:train") and len(found.images) == n
+        assert found.train.content_hash() == digits["train"].content_hash()
+        assert found.test.content_hash() == digits["test"].content_hash()
+
+
+def test_a_reference_without_a_test_split_has_none():
+    assert open_reference("digits", data_options(), 8, 1).test is None
+    with pytest.raises(InputError, match="no test split"):
+        open_reference("digits:test", data_options(), 8, 1)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("digits:nope", ["digits:nope", "train", "test", "all"]),
+    ("nope", ["nope", "digits", "cifar10"]),
+    ("digitz", ["did you mean digits"]),
+    ("/nowhere/at/all", ["/nowhere/at/all", "folder"]),
+    ("image_folder", ["image_folder", "folder"]),
+])  # fmt: skip
+def test_a_reference_that_does_not_exist_says_what_would(text, says):
+    with pytest.raises(InputError) as error:
+        open_reference(text, data_options(valid_fraction=0.2), 8, 1)
+    assert all(part in str(error.value) for part in ["--reference", *says])
+
+
+def test_a_folder_is_a_reference(tmp_path):
+    for i, color in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (20, 10), color).save(tmp_path / f"{i}.png")
+    data = data_options(valid_fraction=0.5)
+    found = open_reference(str(tmp_path), data, 8, 3)
+    assert len(found.images) == 3 and found.test is None and found.images[2].shape == (3, 8, 8)
+    assert found.name == f"{tmp_path.name}:train" and data == data_options(valid_fraction=0.5)
+
+
+def test_another_data_set_takes_its_own_recipe_and_the_size_of_the_images(tmp_path):
+    data = data_options(name="image_folder", root=str(tmp_path), image_size=16, channels=3)
+    before = data.copy()
+    found = open_reference("digits:test", data, 16, 3)
+    assert found.name == "digits:test" and found.images[0].shape == (3, 16, 16) and data == before
+
+
+def test_opening_a_reference_leaves_the_configuration_as_it_is():
+    data = data_options()
+    assert open_reference("digits", data, 16, 3).images[0].shape == (3, 16, 16)
+    assert data == data_options()
+
+
+# An evaluation
+
+
+@pytest.fixture
+def scorer(digits, extractor):
+    features = {split: extractor([found.images]) for split, found in digits.items()}
+    reference = SimpleNamespace(name="digits:train", images=digits["train"], train=digits["train"], test=digits["test"])
+    options = config.merge(("test", {"evaluate.kid_subset_size": 50}))
+    return Scorer(ALONE, options, reference, extractor, features["train"], features["train"], features["test"], 0.9)
+
+
+def test_too_few_images_are_refused_unless_forced(scorer, capsys):
+    scorer.check_count(64, False)
+    assert "@64" in "".join(capsys.readouterr())
+    with pytest.raises(InputError, match=r"63 images.*64 dimensions.*--force"):
+        scorer.check_count(63, False)
+    scorer.check_count(63, True)
+    scorer.reference.images = scorer.reference.images.subset(torch.arange(63), "digits:train")
+    with pytest.raises(InputError, match="reference digits:train, 63 images"):
+        scorer.check_count(1000, False)
+    scorer.check_count(1000, True)
+    capsys.readouterr()
+    scorer.check_count(10_000, True)
+    assert not "".join(capsys.readouterr())
+
+
+def test_the_floor_is_the_score_of_real_training_images(scorer, digits, extractor):
+    floor = scorer.floor(300)
+    rows = [i * 1438 // 300 for i in range(300)]
+    real = extractor([digits["train"].images[rows]])
+    expected = scores(METRICS, extractor, real, extractor([digits["test"].images]), 50)
+    assert floor["floor"] == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert "300 of digits:train" in floor["floor_label"] and "digits:test (359)" in floor["floor_label"]
+    scorer.reference.test = None
+    assert scorer.floor(300)["floor"] is None
+
+
+def test_an_evaluation_opens_with_the_classifier_of_its_reference(monkeypatch, tmp_path):
+    monkeypatch.setattr(classifier, "N_STEPS", 5)
+    recipe = config.read_yaml(Path(__file__).parent.parent / "configs" / "ddpm_digits.yaml")
+    options = config.merge(("recipe", recipe), ("test", {"evaluate.cache_dir": str(tmp_path / "cache")}))
+    opened = Scorer.open(ALONE, options, "digits", None)
+    assert opened.test_accuracy is not None
+    assert (len(opened.real["features"]), len(opened.real_test["features"])) == (1617, 180)
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
+    assert names == ["dataset", "features", "features"]
+    options.evaluate.feature_extractor_weights = "x.pth"
+    with pytest.raises(InputError, match="trains its own"):
+        Scorer.open(ALONE, options, "digits", None)
+
+
+# Tables
+
+
+def row(label, **more):
+    values = {"fid": 1.25, "kid": 0.002, "kid_std": 0.0005, "precision": 0.75}
+    base = {"id": label, "label": label, "reference": "digits:train", "extractor": classifier.NAME, "n": 500,
+            "protocol": {}, "seconds_per_image": 0.004, "scores": values,
+            "floor": {"fid": 0.5, "kid": 0.001, "precision": 0.9},
+            "floor_label": "500 of digits:train against digits:test (180)"}  # fmt: skip
+    return base | more
+
+
+def lines_of(report):
+    """The cells of every table line."""
+    lines = [line for line in report.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_adding_twice_keeps_both_rows(tmp_path):
+    out = tmp_path / "deep" / "out"
+    Results(out).add(row("ddim, 10 steps"))
+    results = Results(out)  # another run of the script
+    results.add(row("ddim, 20 steps", scores={"fid": 1.0}))
+    again = Results(out)
+    assert [found["label"] for found in again.rows] == ["ddim, 10 steps", "ddim, 20 steps"]
+    assert again.find("ddim, 10 steps") == row("ddim, 10 steps") and again.find("nope") is None
+    assert sorted(path.name for path in out.iterdir()) == ["report.md", "results.csv", "results.json"]
+
+
+def test_the_csv_parses(tmp_path):
+    results = Results(tmp_path)
+    results.add(row('a "quoted", label'))
+    results.add(row("images", floor=None, seconds_per_image=None, n=7))
+    with open(tmp_path / "results.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["label"] == 'a "quoted", label' and first["extractor"] == classifier.NAME and first["n"] == "500"
+    assert float(first["fid"]) == 1.25 and float(first["floor_fid"]) == 0.5 and first["recall"] == ""
+    assert second["floor_fid"] == "" and second["seconds_per_image"] == "" and float(second["kid"]) == 0.002
+
+
+def test_the_report_names_extractor_and_count_and_ends_with_the_floor(tmp_path):
+    results = Results(tmp_path)
+    unmeasured = {"n": 600, "floor": None, "seconds_per_image": None}
+    for label, more in (("ddim-10", {}), ("folder", unmeasured), ("ddim-20", {})):
+        results.add(row(label, **more))
+    report = (tmp_path / "report.md").read_text()
+    for metric in ("fid", "kid", "precision"):
+        assert f"{metric}[dataset-classifier]@500" in report and f"{metric}[dataset-classifier]@600" in report
+    assert "isc[" not in report
+    header, _, ten, twenty, floor, header_600, _, folder = lines_of(report)
+    assert header == header_600 == ["images", "fid", "kid", "precision", "ms per image"]
+    assert ten == ["ddim-10", "1.25", "0.002 ± 0.0005", "0.75", "4.00"] and twenty[0] == "ddim-20"
+    assert floor == ["floor: 500 of digits:train against digits:test (180)", "0.5", "0.001", "0.9", ""]
+    assert folder == ["folder", "1.25", "0.002 ± 0.0005", "0.75", ""]
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null"])
+def test_results_that_cannot_be_read_are_not_overwritten(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=r"results\.json"):
+        Results(tmp_path)
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_the_identity_of_a_score_depends_on_all_of_its_protocol():
+    protocol = {"n": 500, "source": {"seed": 1, "eta": 0.0}, "metrics": ["fid"]}
+    assert cell_id(protocol) == cell_id(json.loads(json.dumps(dict(reversed(protocol.items())))))
+    others = [{**protocol, "n": 501}, {**protocol, "source": {"seed": 2, "eta": 0.0}}, {**protocol, "metrics": ["kid"]}]
+    assert len({cell_id(other) for other in [protocol, *others]}) == 4
