@@ -28,16 +28,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
     parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
     parser.add_argument("--images", metavar="DIR", help="score this folder instead (every image below it)")
-    parser.add_argument("--reference", metavar="NAME|DIR", help="data set, NAME:train (default), NAME:test or NAME:all, or a folder")
+    parser.add_argument(
+        "--reference", metavar="NAME|DIR", help="data set, NAME:train (default), NAME:test or NAME:all, or a folder"
+    )
     parser.add_argument("--n_samples", metavar="N", help="images to generate")
     parser.add_argument("--metrics", nargs="+", metavar="M", help=", ".join(config.KEYS["evaluate.metrics"].choices))
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help="score each of these samplers")
     parser.add_argument("--skip_steps", nargs="+", metavar="S", help="score each of these step counts")
-    parser.add_argument("--feature_extractor", metavar="NAME", help=", ".join(config.KEYS["evaluate.feature_extractor"].choices))
+    parser.add_argument(
+        "--feature_extractor", metavar="NAME", help=", ".join(config.KEYS["evaluate.feature_extractor"].choices)
+    )
     parser.add_argument("--feature_extractor_weights", metavar="PATH", help="local weights file of the extractor")
     parser.add_argument("--seed", type=cli.natural, default=2022, help="seed of the noise (default: 2022)")
     parser.add_argument("--load_ema", type=cli.boolean, metavar="BOOL", help="EMA (true, the default) or raw weights")
-    parser.add_argument("--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process")
+    parser.add_argument(
+        "--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the results (default: beside what is scored)")
     parser.add_argument("--force", action="store_true", help="score fewer images than the extractor has dimensions")
     options, overrides = parser.parse(argv)
@@ -105,7 +111,9 @@ def evaluate(options, cfg, weights, cells: list[dict[str, str]]) -> int:
         else:
             found, seconds = features_of(images, scorer.extractor, Path(cfg.evaluate.cache_dir), accelerator), None
         if accelerator.is_main_process:
-            values = scores(list(cfg.evaluate.metrics), scorer.extractor, found, scorer.real, cfg.evaluate.kid_subset_size)
+            values = scores(
+                list(cfg.evaluate.metrics), scorer.extractor, found, scorer.real, cfg.evaluate.kid_subset_size
+            )
             results.add(
                 {
                     "id": cell_id(protocol),

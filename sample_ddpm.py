@@ -30,14 +30,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--save_dir", metavar="DIR", help="folder for the images; nothing else goes into it")
     parser.add_argument("--seed", type=cli.natural, default=2022, help="seed of the noise (default: 2022)")
     parser.add_argument("--load_ema", type=cli.boolean, metavar="BOOL", help="EMA (true, the default) or raw weights")
-    parser.add_argument("--sampler", "--var_type", metavar="NAME", help=", ".join(config.KEYS["sample.sampler"].choices))
+    parser.add_argument(
+        "--sampler", "--var_type", metavar="NAME", help=", ".join(config.KEYS["sample.sampler"].choices)
+    )
     parser.add_argument("--skip_type", metavar="TYPE", help=", ".join(config.KEYS["sample.skip_type"].choices))
     parser.add_argument("--skip_steps", metavar="S", help="sampling steps, 1 to T")
     parser.add_argument("--eta", metavar="E", help="DDIM's eta, 0 to 1")
-    parser.add_argument("--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process")
+    parser.add_argument(
+        "--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process"
+    )
     parser.add_argument("--mode", choices=MODES, default="sample", help="what each file shows (default: sample)")
-    parser.add_argument("--n_denoise", type=cli.positive, metavar="N", help="frames of a denoise strip (default: min(20, S))")
-    parser.add_argument("--n_progressive", type=cli.positive, metavar="N", help="frames of a progressive strip (likewise)")
+    parser.add_argument(
+        "--n_denoise", type=cli.positive, metavar="N", help="frames of a denoise strip (default: min(20, S))"
+    )
+    parser.add_argument(
+        "--n_progressive", type=cli.positive, metavar="N", help="frames of a progressive strip (likewise)"
+    )
     options, overrides = parser.parse(argv)
     cli.alias(options, overrides, ALIASES)
 
@@ -103,14 +111,18 @@ def sample(options, weights, n_frames: int) -> int:
     accelerator.wait_for_everyone()  # and has listed it before any writes
     mine = [todo[i] for i in distributed.share(len(todo), accelerator.process_index, accelerator.num_processes)]
     steps = cfg.sample.skip_steps or process.total_steps
-    cli.say(f"{len(todo)} of {options.n_samples} images to make: {weights.describe()} ({weights.kind} weights), "
-                 f"{cfg.sample.sampler}, {cfg.sample.skip_type} {steps} steps, {precision_name}, seed {options.seed}")  # fmt: skip
+    cli.say(
+        f"{len(todo)} of {options.n_samples} images to make: {weights.describe()}, {cfg.sample.sampler}, "
+        f"{cfg.sample.skip_type} {steps} steps, {precision_name}, seed {options.seed}"
+    )
     batches = generate_fitting(
         net, process, cfg.sample, mine, options.seed, options.micro_batch,
         dtype=precision.DTYPES[precision_name], n_frames=n_frames, view="x0" if options.mode == "progressive" else "x",
     )  # fmt: skip
     writer = PngWriter(folder)
-    with tqdm(total=len(mine), desc="sample", unit="img", disable=not accelerator.is_main_process, file=sys.stderr) as bar:
+    with tqdm(
+        total=len(mine), desc="sample", unit="img", disable=not accelerator.is_main_process, file=sys.stderr
+    ) as bar:
         for batch in batches:
             for i, index in enumerate(batch.indices.tolist()):
                 writer.write(index, strip(batch.frames[i]) if n_frames else batch.images[i])

@@ -18,7 +18,9 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(("seed", "data", "model", "diffusion", "train", "sample", "evaluate"), description=__doc__)
     parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file (default: configs/ddpm_digits.yaml)")
     parser.add_argument("-e", "--exp_dir", metavar="EXP_DIR", help="run folder (default: runs/exp-{time})")
-    parser.add_argument("-r", "--resume", metavar="auto|PATH", help="go on from the newest good checkpoint, or from PATH")
+    parser.add_argument(
+        "-r", "--resume", metavar="auto|PATH", help="go on from the newest good checkpoint, or from PATH"
+    )
     options, overrides = parser.parse(argv)
 
     default = ROOT / "configs" / "ddpm_digits.yaml"
@@ -134,10 +136,14 @@ def train(run) -> int:
                 log.metrics(done, values | shown)
                 stop.check_bad(values["bad_in_row"], run.folder)
             if valid is not None and (done % opts.valid_every == 0 or ends):
-                raw, averaged = (validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model))
+                raw, averaged = (
+                    validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model)
+                )
                 log.metrics(done, {"valid_loss": raw, "valid_loss_ema": averaged})
             if done % opts.sample_every == 0 or ends:
-                log.preview(done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype))
+                log.preview(
+                    done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype)
+                )
             if score and (done % opts.evaluate_every == 0 or ends):
                 log.metrics(done, score(ema.ema_model, process, share, dtype))
             if done % opts.save_every == 0 or ends or stops:
@@ -146,7 +152,9 @@ def train(run) -> int:
             profile.step()
             log.progress(**shown)
             if stops and not ends:
-                log.say(f"stopped     after {opts.max_hours:g} hours at step {done:,}; go on with -e {run.folder} -r auto")
+                log.say(
+                    f"stopped     after {opts.max_hours:g} hours at step {done:,}; go on with -e {run.folder} -r auto"
+                )
                 break
     log.close()
     return 0

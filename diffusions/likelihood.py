@@ -33,7 +33,7 @@ def variational_bound_terms(process, out: Tensor, x0: Tensor, x_t: Tensor, t: Te
     """L_t of a network that learns its variance, [B], in bits per dimension; at t = 0 the decoder's -log p(x0 | x_1).
 
     out [B, 2C, H, W] with the variance fraction in the second half (Nichol and Dhariwal 2021, eq. 15); x0, x_t
-    [B, C, H, W]; t [B] int64. x0 is not clipped. Bits, as in the authors' released code, set the weight of the hybrid loss.
+    [B, C, H, W]; t [B] int64. x0 is not clipped. Bits, as in the authors' released code, set the hybrid loss's weight.
     """
     ab = process.alpha_bar.to(t.device)
     prev = torch.cat([torch.ones(1, dtype=ab.dtype, device=ab.device), ab[:-1]])

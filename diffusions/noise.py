@@ -1,8 +1,8 @@
 """Counter-based random numbers: row i of every draw is a function of (seed, index[i], draw) and of nothing else.
 
-So images do not depend on micro-batches, on the number of processes or on interruptions, and training needs no state of
-a generator to resume. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
-in tensor operations: the same bits on every device.
+So images do not depend on micro-batches, on the number of processes or on interruptions, and training needs no
+generator state to resume. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
+2, 3") in tensor operations: the same bits on every device.
 """
 
 import math

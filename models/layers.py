@@ -1,4 +1,4 @@
-"""Building blocks of the DDPM U-Net (Ho et al. 2020, appendix B). Parameter names are those of the public checkpoints."""
+"""Building blocks of the DDPM U-Net (Ho et al. 2020, appendix B); parameter names are the public checkpoints'."""
 
 import math
 

@@ -25,7 +25,9 @@ def command(script: str, *args: object, processes: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK"))
+    }
     one_thread = {"OMP_NUM_THREADS": "1"}  # tiny networks gain nothing from more, and spinning threads slow all others
     return {**kept, **one_thread, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 

@@ -16,7 +16,7 @@ HEAVY = {"torch", "torchvision", "accelerate", "torch_fidelity", "matplotlib", "
 LAUNCHER = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "CUDA_VISIBLE_DEVICES")
 
 SCRIPTS = {  # name -> sections whose keys its help lists, its own options
-    "train_ddpm.py": ("seed data model diffusion train sample", "-c -e -r --print_config"),
+    "train_ddpm.py": ("seed data model diffusion train sample evaluate", "-c -e -r --print_config"),
     "sample_ddpm.py": (
         "data model diffusion sample",
         "-c --weights --n_samples --save_dir --seed --load_ema --sampler --var_type --skip_type --skip_steps --eta "

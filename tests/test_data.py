@@ -269,6 +269,15 @@ def test_a_class_without_test_images_does_not_shift_the_labels_of_the_others(tmp
             assert tuple(found[i][:, 0, 0].tolist()) == COLORS[sets["train"].classes[label]]
 
 
+def test_splits_of_which_one_has_no_classes_can_be_joined(tmp_path):
+    for folder in ("train/a", "train/b", "test"):
+        save(tmp_path / folder / "1.png", plain("L", 0))
+    sets = folder_set(tmp_path)
+    assert sets["train"].labels.tolist() == [0, 1] and sets["test"].labels is None
+    both = join(sets, "all")
+    assert len(both) == 3 and both.labels is None
+
+
 def test_other_folders_beside_train_make_classes_not_splits(tmp_path):
     for folder in ("train", "test", "car"):
         save(tmp_path / folder / "1.png", plain("L", 0))

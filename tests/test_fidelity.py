@@ -40,6 +40,15 @@ def data_options(**keys):
     return config.merge(("test", {f"data.{name}": value for name, value in keys.items()})).data
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small networks on a busy machine: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def few_classifier_steps(monkeypatch):
     monkeypatch.setattr(classifier, "N_STEPS", 30)
@@ -300,6 +309,12 @@ def test_other_data_is_another_classifier(digits, weights, monkeypatch, tmp_path
     found.append(classifier.trained(train, test, tmp_path, CPU))
     assert len({trained.path for trained in found}) == len(found) == len(list(tmp_path.iterdir()))
     assert found[3].test_accuracy is None and found[0].test_accuracy is not None
+
+
+def test_a_test_split_without_labels_has_no_accuracy(digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(classifier, "N_STEPS", 2)
+    plain = ImageSet("plain", digits["test"].images, None, [])
+    assert classifier.trained(digits["train"], plain, tmp_path, CPU).test_accuracy is None
 
 
 def test_the_classifier_needs_labels(digits, tmp_path):

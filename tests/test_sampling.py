@@ -50,7 +50,9 @@ def test_interrupted_generation_continues_to_the_same_set(tmp_path: Path, traine
     (tmp_path / "parts/.000004.png.tmp").write_bytes(b"half")
     done = sample(trained, tmp_path, "parts", "--n_samples", 12, *args)
     assert "6 of 12 images to make" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
     assert torch.equal(images(tmp_path / "whole"), images(tmp_path / "parts"))
 
 

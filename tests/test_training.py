@@ -62,7 +62,7 @@ def test_tensorboard_holds_the_losses(trained: Path) -> None:
 
 
 def test_sigkill_and_resume_is_bit_identical(tmp_path: Path) -> None:
-    """Dropout, bf16, accumulation with an uneven last micro-batch, three epoch boundaries, checkpoints off the log grid."""
+    """Dropout, bf16, an uneven last micro-batch, three epoch boundaries, checkpoints off the log grid."""
     args = [*TINY, "--model.dropout", 0.1, "--train.micro_batch", 5, "--train.n_steps", 40, "--train.save_every", 5]
     args += ["--train.mixed_precision", "bf16", "--train.log_every", 3, "--train.valid_every", 10]
     run("train_ddpm.py", "-e", "whole", *args, cwd=tmp_path)
@@ -127,14 +127,26 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     one, two = ([row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two"))
     assert len(one) == len(two) == 20
     assert one == pytest.approx(two, abs=1e-5)
-    assert [r["lr"] for r in metrics(tmp_path / "one") if "lr" in r] == [r["lr"] for r in metrics(tmp_path / "two") if "lr" in r]
+    assert [r["lr"] for r in metrics(tmp_path / "one") if "lr" in r] == [
+        r["lr"] for r in metrics(tmp_path / "two") if "lr" in r
+    ]
     # A checkpoint of two processes goes on with one.
     run("train_ddpm.py", "-e", "two", "-r", "auto", "--train.n_steps", 22, cwd=tmp_path)
     assert [row["step"] for row in metrics(tmp_path / "two") if "loss" in row] == list(range(1, 23))
 
 
 def test_non_finite_gradients_stop_the_run_and_spare_the_weights(tmp_path: Path) -> None:
-    args = [*TINY, "--train.n_steps", 40, "--train.max_bad_steps", 3, "--train.save_every", 1, "--train.warmup_steps", 0]
+    args = [
+        *TINY,
+        "--train.n_steps",
+        40,
+        "--train.max_bad_steps",
+        3,
+        "--train.save_every",
+        1,
+        "--train.warmup_steps",
+        0,
+    ]
     done = run("train_ddpm.py", "-e", "run", *args, "--train.lr", "1e30", cwd=tmp_path, status=1)
     assert "non-finite gradient" in done.stderr and "Traceback" not in done.stderr
     for folder in checkpoint.published(tmp_path / "run"):
@@ -160,4 +172,6 @@ def test_no_trainer_hides_the_gradient_step() -> None:
     text = (ROOT / "train_ddpm.py").read_text()
     for line in ("process.loss(", "accelerator.backward(", "clip_grad_norm_(", "optimizer.step()", "ema.update()"):
         assert line in text
-    assert all(len((ROOT / f"{name}_ddpm.py").read_text().splitlines()) <= 170 for name in ("train", "sample", "evaluate"))
+    assert all(
+        len((ROOT / f"{name}_ddpm.py").read_text().splitlines()) <= 170 for name in ("train", "sample", "evaluate")
+    )

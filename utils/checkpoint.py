@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is staged beside its place, every file fsynced, a manifest of SHA-256 sums written last, and published by one
-rename. A folder without a good manifest does not exist for `newest`; one that fails verification is renamed `*.bad`.
-Weights are safetensors, the rest loads with weights_only: no pickle is ever executed.
+A checkpoint is staged beside its place, every file fsynced, a manifest of SHA-256 sums written last, and published by
+one rename. A folder without a good manifest does not exist for `newest`; one that fails verification is renamed
+`*.bad`. Weights are safetensors, the rest loads with weights_only: no pickle is ever executed.
 """
 
 from __future__ import annotations
@@ -201,10 +201,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: Pat
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if missing or extra or shapes:
-        parts = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for names, what in ((missing, "tensors missing"), (extra, "not in the network"), (sorted(shapes), "of another shape"))
-            if names
-        ]  # fmt: skip
+        kinds = {"tensors missing": missing, "not in the network": extra, "of another shape": sorted(shapes)}
+        parts = [f"{len(names)} {what} (such as {names[0]})" for what, names in kinds.items() if names]
         raise InputError(f"{source} holds weights of another architecture: {'; '.join(parts)}")
     model.load_state_dict(weights)

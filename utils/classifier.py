@@ -1,6 +1,6 @@
-"""The dataset classifier: a small network trained once on a data set's own labels, whose features scores can compare.
+"""The dataset classifier: a small network trained once on a data set's own labels, for its features.
 
-It stands in for Inception where Inception can't be had or does not fit (8x8 digits). Its scores are only comparable with
+It stands in for Inception where Inception can't be had or does not fit (8x8 digits). Its scores compare only with
 scores of the same classifier, so they always carry its name: fid[dataset-classifier].
 """
 
@@ -44,7 +44,11 @@ class Classifier(nn.Module):
             size = (size + 1) // 2
         layers: list[nn.Module] = []
         for i, (c_in, c_out) in enumerate(zip([channels, *widths], widths)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=1 if i == 0 else 2, padding=1), nn.GroupNorm(8, c_out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(c_in, c_out, 3, stride=1 if i == 0 else 2, padding=1),
+                nn.GroupNorm(8, c_out),
+                nn.ReLU(),
+            ]
         self.body = nn.Sequential(*layers)
         self.features = nn.Linear(widths[-1] * 4, N_FEATURES)
         self.logits = nn.Linear(N_FEATURES, n_classes)
@@ -59,11 +63,13 @@ class Classifier(nn.Module):
 class DatasetClassifier(FeatureExtractorBase):
     """The classifier as an extractor of torch-fidelity; `feature_extractor_weights_path` is a file of `trained`."""
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_) -> None:
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_
+    ) -> None:
         super().__init__(name, features_list)
         with safe_open(feature_extractor_weights_path, "pt") as file:
             shape = json.loads(file.metadata()["shape"])
-            weights = {key: file.get_tensor(key) for key in file.keys()}
+            weights = {key: file.get_tensor(key) for key in file}
         self.image_size, self.channels = shape["image_size"], shape["channels"]
         self.net = Classifier(**shape)
         self.net.load_state_dict(weights)

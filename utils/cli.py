@@ -56,7 +56,9 @@ def _is_key(name: str) -> bool:
 
 def keys_help(sections: tuple[str, ...]) -> str:
     """Every config key of the given sections with its type, default and documentation."""
-    lines = ["config keys (--key VALUE or --key=VALUE; lists as [1,2,3], one entry as --key[0] VALUE, nothing as null):"]
+    lines = [
+        "config keys (--key VALUE or --key=VALUE; lists as [1,2,3], one entry as --key[0] VALUE, nothing as null):"
+    ]
     for info in KEYS.values():
         if info.name.partition(".")[0] in sections:
             kind = info.type_name + (f", {info.range_name}" if info.range_name else "")

@@ -348,7 +348,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def merge(*layers: tuple[str, dict[str, Any]], base: DictConfig | None = None) -> DictConfig:
-    """Schema defaults (or `base`), then each (where it came from, {dotted key: value}) in turn; typed, not yet checked."""
+    """Schema defaults (or `base`), then each (where it came from, {dotted key: value}) in turn; typed, unchecked."""
     config = OmegaConf.structured(Config) if base is None else base.copy()
     for where, values in layers:
         for name, value in values.items():

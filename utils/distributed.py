@@ -40,7 +40,7 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
 
 
 def use_all_cores() -> None:
-    """Undo the single thread that launchers give each process by default (OMP_NUM_THREADS=1) when computing on a CPU."""
+    """Undo the single thread that launchers give each process by default (OMP_NUM_THREADS=1), on a CPU."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and not on_gpu() and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

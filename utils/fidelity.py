@@ -51,7 +51,9 @@ class Extractor:
         return features[self.layers["fid"]].shape[1]
 
 
-def open_extractor(name: str, weights: str | None, metrics: list[str], batch_size: int, device: torch.device) -> Extractor:
+def open_extractor(
+    name: str, weights: str | None, metrics: list[str], batch_size: int, device: torch.device
+) -> Extractor:
     """An extractor by name, with weights from a local file or torch-fidelity's own download.
 
     Raises:
@@ -71,8 +73,8 @@ def open_extractor(name: str, weights: str | None, metrics: list[str], batch_siz
         )
     except (urllib.error.URLError, OSError) as error:
         raise InputError(
-            f"the weights of {name} can't be downloaded ({error}): give a local file with --feature_extractor_weights PATH, "
-            f"or use --feature_extractor {classifier.NAME}"
+            f"the weights of {name} can't be downloaded ({error}): give a local file with "
+            f"--feature_extractor_weights PATH, or use --feature_extractor {classifier.NAME}"
         ) from None
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]

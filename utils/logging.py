@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -23,15 +24,7 @@ class RunLog:
         """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go."""
         self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
         self.metrics_path = run / "metrics.jsonl"
-        self.bar = tqdm(
-            total=n_steps,
-            initial=step,
-            desc="train",
-            unit="step",
-            disable=not self.main,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        )
+        self.bar, self.step, self.n_steps = None, step, n_steps
         if self.main:
             cut_metrics(self.metrics_path, step)
         tracker = {"tensorboard": {"purge_step": step + 1}}
@@ -41,7 +34,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the terminal and, with the time, in train.log."""
         if self.main:
-            self.bar.write(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
             append_line(self.run / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
@@ -68,13 +61,24 @@ class RunLog:
 
     def progress(self, **shown: float) -> None:
         """One step further; numbers beside the bar where any are given."""
+        if self.bar is None:  # made at the first step, so that it does not stand above the banner
+            self.bar = tqdm(
+                total=self.n_steps,
+                initial=self.step,
+                desc="train",
+                unit="step",
+                disable=not self.main,
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 15,
+            )
         if shown:
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         self.bar.update()
 
     def close(self) -> None:
         """Finish the bar and the trackers, and draw curves.png."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.main:
             draw_curves(self.run)
         self.accelerator.end_training()
@@ -140,21 +144,25 @@ def draw_curves(run: Path) -> None:
 def banner(log: RunLog, run, net, batches, held_out, resolved: dict, start: int, n_steps: int) -> None:
     """What is about to happen, and when it ends."""
     cfg, opts, n = run.config, run.config.train, len(batches)
-    parameters = sum(p.numel() for p in net.parameters())
-    micro = opts.micro_batch or batches.share
-    where = f"{log.accelerator.num_processes} x {log.accelerator.device.type}"
-    held = "none" if held_out is None else f"{len(held_out):,} images"
-    begin = "from the start" if not run.checkpoint else f"from {run.checkpoint.name}"
-    limit = f", or after {opts.max_hours:g} hours" if opts.max_hours else ""
-    switches = [name for name in ("compile", "deterministic") if resolved[name]]
-    log.say(f"run folder  {run.folder.resolve()}")
-    log.say(f"machine     {where}, precision {resolved['mixed_precision']}" + "".join(f", {s}" for s in switches))
-    log.say(f"network     {cfg.model.name}, {parameters:,} parameters; EMA decay {opts.ema_decay:g}")
-    log.say(f"data        {batches.images.name}, {n:,} images of {cfg.data.channels}x{cfg.data.image_size}x"
-            f"{cfg.data.image_size}, {'in memory' if batches.cached is not None else 'read by workers'}; validation {held}")  # fmt: skip
-    log.say(f"steps       {begin} to {n_steps:,} ({n_steps * opts.batch_size / n:.1f} epochs) of {opts.batch_size} images, "
-            f"{micro} at a time{limit}")  # fmt: skip
-    log.say(f"every       {opts.save_every:,} steps a checkpoint, {opts.sample_every:,} a preview, "
-            f"{opts.valid_every:,} a validation, and at the end")  # fmt: skip
+    device, switches = log.accelerator.device.type, [name for name in ("compile", "deterministic") if resolved[name]]
+    threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
+    lines = {
+        "run folder": run.folder.resolve(),
+        "machine": f"{log.accelerator.num_processes} x {device}{threads}, precision {resolved['mixed_precision']}"
+        + "".join(f", {name}" for name in switches),
+        "network": f"{cfg.model.name}, {sum(p.numel() for p in net.parameters()):,} parameters; "
+        f"EMA decay {opts.ema_decay:g}",
+        "data": f"{batches.images.name}, {n:,} images of {cfg.data.channels} x {cfg.data.image_size}^2, "
+        f"{'in memory' if batches.cached is not None else 'read by workers'}; "
+        f"validation {'none' if held_out is None else f'{len(held_out):,} images'}",
+        "steps": f"{f'from {run.checkpoint.name}' if run.checkpoint else 'from the start'} to {n_steps:,} "
+        f"({n_steps * opts.batch_size / n:.1f} epochs) of {opts.batch_size} images, "
+        f"{min(opts.micro_batch or batches.share, batches.share)} at a time"
+        + (f", or until {opts.max_hours:g} hours are over" if opts.max_hours else ""),
+        "every": f"{opts.save_every:,} steps a checkpoint, {opts.sample_every:,} a preview, "
+        f"{opts.valid_every:,} a validation, and at the end",
+    }
     if start >= n_steps:
-        log.say(f"finished    step {start:,} of {n_steps:,} is done: nothing to do (more: --train.n_steps N)")
+        lines["finished"] = f"step {start:,} of {n_steps:,} is done: nothing to do (more: --train.n_steps N)"
+    for name, text in lines.items():
+        log.say(f"{name:12}{text}")

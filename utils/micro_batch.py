@@ -11,7 +11,9 @@ from diffusions import Batch, generate
 FIRST = {"cpu": 128, "cuda": 1024}
 
 
-def generate_fitting(model, process, options, indices: list[int], seed: int, micro_batch: int | None, **more) -> Iterator[Batch]:
+def generate_fitting(
+    model, process, options, indices: list[int], seed: int, micro_batch: int | None, **more
+) -> Iterator[Batch]:
     """`generate` with a given micro-batch, or (None) with one that halves whenever the device runs out of memory."""
     if micro_batch is not None:
         yield from generate(model, process, options, indices, seed, micro_batch, **more)

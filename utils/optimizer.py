@@ -15,7 +15,7 @@ def build_optimizer(net: nn.Module, options) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, n_steps: int, options) -> float:
-    """Learning rate of the update that starts from `step` (0 is the first): warm-up, then the schedule down to n_steps."""
+    """Learning rate of the update that starts from `step` (0 is the first): warm-up, then down to n_steps."""
     warmup = min((step + 1) / (options.warmup_steps + 1), 1.0)
     progress = min(max((step - options.warmup_steps) / max(n_steps - options.warmup_steps, 1), 0.0), 1.0)
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}

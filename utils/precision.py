@@ -32,7 +32,11 @@ def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]
 
 def on_gpu() -> bool:
     """Whether this launch computes on a GPU."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1", "yes")
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in (
+        "true",
+        "1",
+        "yes",
+    )
 
 
 def native_bf16() -> bool:
@@ -43,7 +47,7 @@ def native_bf16() -> bool:
 
 
 def mixed_precision(asked: str) -> str:
-    """"no", "fp16" or "bf16" for a config value; "auto" is the launcher's flag, else bf16 where it is native.
+    """ "no", "fp16" or "bf16" for a config value; "auto" is the launcher's flag, else bf16 where it is native.
 
     Raises:
         InputError: fp16 on a CPU, where it would silently be fp32.
@@ -57,7 +61,7 @@ def mixed_precision(asked: str) -> str:
 
 
 def wants_compile(asked: str) -> bool:
-    """"auto" compiles on GPUs; on a CPU compiling takes longer than most runs there gain from it."""
+    """ "auto" compiles on GPUs; on a CPU compiling takes longer than most runs there gain from it."""
     return on_gpu() if asked == "auto" else asked == "true"
 
 
@@ -67,7 +71,7 @@ def memory_format(config: DictConfig) -> torch.memory_format:
 
 
 def wants_determinism(asked: str) -> bool:
-    """"auto" means yes on a CPU, where it costs nothing."""
+    """ "auto" means yes on a CPU, where it costs nothing."""
     return not on_gpu() if asked == "auto" else asked == "true"
 
 

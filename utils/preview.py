@@ -1,4 +1,4 @@
-"""What training shows and checks on the way: preview pictures and the validation loss, with the work split over ranks."""
+"""What training shows and checks on the way: previews and the validation loss, with the work split over ranks."""
 
 from __future__ import annotations
 

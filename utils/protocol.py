@@ -12,7 +12,9 @@ from diffusions import GaussianDiffusion, time_grid
 from utils.checkpoint import sha256
 
 
-def sampling_identity(weights, config: DictConfig, process: GaussianDiffusion, seed: int, precision: str) -> dict[str, Any]:
+def sampling_identity(
+    weights, config: DictConfig, process: GaussianDiffusion, seed: int, precision: str
+) -> dict[str, Any]:
     """Everything that the pixels of image i depend on, besides i; `config` holds the sampling options."""
     options = config.sample
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)

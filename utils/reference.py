@@ -68,7 +68,9 @@ def open_reference(text: str, data: DictConfig, image_size: int, channels: int) 
 
 def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, accelerator) -> Features:
     """Features of every image, extracted on all processes, cached under a hash of all that they depend on."""
-    identity = f"{images.content_hash()} {extractor.name} {extractor.weights_sha256} {sorted(extractor.layers.values())}"
+    identity = (
+        f"{images.content_hash()} {extractor.name} {extractor.weights_sha256} {sorted(extractor.layers.values())}"
+    )
     path = cache_dir / f"features-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
     if all_agree(accelerator, path.exists()):
         return load_file(path)
@@ -86,4 +88,6 @@ def all_agree(accelerator, value: bool) -> bool:
     """True where it is on every process: a cache that only some can see is not used by any. A collective."""
     if accelerator.num_processes == 1:
         return value
-    return bool(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum") == accelerator.num_processes)
+    return bool(
+        accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum") == accelerator.num_processes
+    )

@@ -59,9 +59,7 @@ class Run:
 Layer = tuple[str, dict[str, Any]]
 
 
-def open_run(
-    default: Layer, asked: list[Layer], folder: str | None, resume: str | None
-) -> Run:
+def open_run(default: Layer, asked: list[Layer], folder: str | None, resume: str | None) -> Run:
     """Decide where to train and from what. Reads only: every process of a launch comes to the same answer.
 
     Args:
@@ -78,7 +76,9 @@ def open_run(
         if path.exists() and not path.is_dir():
             raise InputError(f"run folder {path} is a file")
         if path.exists() and any(path.iterdir()):
-            raise InputError(f"{path} already holds a run or other files: continue it with -r auto, or choose another -e")
+            raise InputError(
+                f"{path} already holds a run or other files: continue it with -r auto, or choose another -e"
+            )
         return Run(path, merge(default, *asked))
     if resume == "auto" and folder is None:
         raise InputError("-r auto needs the run folder: -e RUN -r auto (or -r RUN)")
@@ -88,7 +88,9 @@ def open_run(
     aside = dict.fromkeys(bad, "bad")
     if checkpoint is None:
         stored = path / "config.yaml"  # of a run that was stopped before its first checkpoint
-        return Run(path, merge(default if not stored.exists() else (str(stored), read_yaml(stored)), *asked), None, aside)
+        return Run(
+            path, merge(default if not stored.exists() else (str(stored), read_yaml(stored)), *asked), None, aside
+        )
     stored = merge((str(checkpoint / "config.yaml"), read_yaml(checkpoint / "config.yaml")))
     config = merge(*asked, base=stored)
     for name, (old, new) in differences(stored, config).items():
@@ -113,7 +115,9 @@ def _find(path: Path, auto: bool) -> tuple[Path, Path | None, list[Path]]:
         return path.resolve().parent.parent, path.resolve(), []
     if path.exists() and not path.is_dir():
         raise InputError(f"run folder {path} is a file")
-    is_run = not path.exists() or (path / "ckpt").is_dir() or (path / "config.yaml").is_file() or not any(path.iterdir())
+    is_run = (
+        not path.exists() or (path / "ckpt").is_dir() or (path / "config.yaml").is_file() or not any(path.iterdir())
+    )
     if not is_run:
         raise InputError(f"{path} is not a run folder: it holds other files and neither config.yaml nor ckpt/")
     good, bad = newest(path, say)

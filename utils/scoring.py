@@ -110,10 +110,13 @@ class Scorer:
 
     def check_count(self, n: int, force: bool) -> None:
         """Raise InputError for fewer images than feature dimensions, unless forced; warn under 10,000."""
-        dims = self.extractor.n_features(self.real)
-        for what, count in ((f"{n} images", n), (f"reference {self.reference.name}, {len(self.reference.images)} images", len(self.reference.images))):
+        dims, n_real = self.extractor.n_features(self.real), len(self.reference.images)
+        for what, count in ((f"{n} images", n), (f"reference {self.reference.name} of {n_real} images", n_real)):
             if count < max(dims, 2) and not force:
-                raise InputError(f"{what}: fewer than the {dims} dimensions of {self.extractor.name}, so that FID has no meaning; --force to score all the same")  # fmt: skip
+                raise InputError(
+                    f"{what}: fewer than the {dims} dimensions of {self.extractor.name}, so that FID has no meaning; "
+                    "--force scores all the same"
+                )
         if n < FEW:
             say(f"note: scores of {n:,} images are not comparable with those of 50,000; they are reported as @{n}")
 
@@ -132,7 +135,8 @@ class Scorer:
             real = {layer: value[rows] for layer, value in self.real_train.items()}
             options = self.config.evaluate
             values = scores(list(options.metrics), self.extractor, real, self.real_test, options.kid_subset_size)
-            label = f"{count:,} of {self.reference.train.name} against {self.reference.test.name} ({len(self.reference.test):,})"
+            train, test = self.reference.train, self.reference.test
+            label = f"{count:,} of {train.name} against {test.name} ({len(test):,})"
             self.floors[n] = {"floor": values, "floor_label": label}
         return self.floors[n]
 

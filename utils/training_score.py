@@ -1,4 +1,4 @@
-"""`train.evaluate_every`: a cheap score of the EMA weights on the way, with the dataset classifier, on all processes."""
+"""`train.evaluate_every`: a cheap score of the EMA weights on the way, on all processes."""
 
 from __future__ import annotations
 

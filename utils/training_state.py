@@ -16,7 +16,9 @@ from utils.errors import InputError
 from utils.meter import Meter
 
 
-def save(run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, **more: Any) -> None:
+def save(
+    run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, **more: Any
+) -> None:
     """Publish a checkpoint of `step` updates, then prune. A collective; the main process writes.
 
     more: further JSON values for state.json, such as what `auto` was resolved to.

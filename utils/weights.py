@@ -28,7 +28,7 @@ class Weights:
         return KINDS.get(self.file.name, "only")
 
     def describe(self) -> str:
-        return f"{self.file.parent.name}/{self.file.name}"
+        return f"{self.file.parent.name}/{self.file.name} ({self.kind} weights)"
 
 
 def find(path: str, load_ema: bool | None) -> tuple[Path, Path | None]:
@@ -48,7 +48,9 @@ def find(path: str, load_ema: bool | None) -> tuple[Path, Path | None]:
         if (place.parent / checkpoint.MANIFEST).exists():
             _verified(place.parent)
             if load_ema is not None and KINDS.get(place.name) not in (None, KINDS[FILES[load_ema]]):
-                raise InputError(f"--weights {path} names the {KINDS[place.name]} weights, but --load_ema says otherwise")
+                raise InputError(
+                    f"--weights {path} names the {KINDS[place.name]} weights, but --load_ema says otherwise"
+                )
         beside = place.parent / "config.yaml"
         if load_ema is not None and place.name not in KINDS:
             say(f"{place.name} has one kind of weights: --load_ema does not apply")
@@ -80,7 +82,9 @@ def open_weights(path: str, load_ema: bool | None, asked: list[tuple[str, dict[s
         InputError: what was asked for contradicts the architecture, the diffusion or the image shape.
     """
     file, stored_path = find(path, load_ema)
-    asked = [(where, {k: v for k, v in keys.items() if k not in KEYS or not k.startswith("train.")}) for where, keys in asked]
+    asked = [
+        (where, {k: v for k, v in keys.items() if k not in KEYS or not k.startswith("train.")}) for where, keys in asked
+    ]
     if stored_path is None:
         if not any(where != "command line" for where, _ in asked):
             raise InputError(f"--weights {path} has no config.yaml beside it: say what it is with -c CONFIG")

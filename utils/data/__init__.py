@@ -51,7 +51,9 @@ def join(sets: dict[str, ImageSet], split: str) -> ImageSet:
     """One split: "train", "test", or "all" of them together (decoded)."""
     if split != "all":
         if split not in sets:
-            raise InputError(f"{sets['train'].name.split(':')[0]} has no {split} split; set data.valid_fraction above 0")
+            raise InputError(
+                f"{sets['train'].name.split(':')[0]} has no {split} split; set data.valid_fraction above 0"
+            )
         return sets[split]
     parts = list(sets.values())
     images = torch.cat([torch.stack([part[i] for i in range(len(part))]) for part in parts])

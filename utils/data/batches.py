@@ -1,7 +1,8 @@
 """Training batches as a function of (seed, step): what resuming, and changing the number of processes, rests on.
 
-The training stream is one endless sequence of examples: epoch after epoch, each in its own random order. The global batch
-of step s is examples s*B to (s+1)*B - 1, and a process takes its slice of it. Order and flips are counter-based noise.
+The training stream is one endless sequence of examples: epoch after epoch, each in its own random order. The global
+batch of step s is examples s*B to (s+1)*B - 1, and a process takes its slice of it. Order and flips are counter-based
+noise.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Batches:
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Reads an image, or returns the line that says why it can't: an exception would lose its form between processes."""
+    """Reads an image, or returns the line that says why it can't: exceptions lose their form between processes."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images

@@ -16,8 +16,11 @@ from utils.errors import InputError
 FILES = {"train": "train", "test": "t10k"}
 CLASSES = {
     "MNIST": [str(digit) for digit in range(10)],
-    "FashionMNIST": ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"],
-}  # fmt: skip
+    "FashionMNIST": [
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ],
+}
 DEBIAN = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}  # package dataset-fashion-mnist
 
 

@@ -104,7 +104,7 @@ def load_folder(root: Path, size: int, channels: int, name: str) -> FolderSet:
 
 
 def load_image_folder(options) -> dict[str, ImageSet]:
-    """{"train": ...}, with "test" where data.root holds exactly a train and a test (or val, valid, validation) folder."""
+    """{"train": ...}, and "test" where data.root holds just a train and a test (or val, valid, validation) folder."""
     root = Path(options.root)
     children = sorted(child.name for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
     if len(children) == 2 and "train" in children and all(child in SPLITS for child in children):

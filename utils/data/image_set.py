@@ -1,4 +1,4 @@
-"""What every kind of data source becomes: an indexed set of uint8 images of one size, with labels where there are any."""
+"""What every data source becomes: an indexed set of uint8 images of one size, with labels where there are any."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """uint8 [..., C, H, W] -> [..., C, size, size]: the shorter side resized (antialiased bicubic), then the centre cut."""
+    """uint8 [..., C, H, W] -> [..., C, size, size]: shorter side resized (antialiased bicubic), then the centre cut."""
     if tuple(images.shape[-2:]) == (size, size):
         return images
     images = transforms.resize(images, [size], transforms.InterpolationMode.BICUBIC, antialias=True)
