@@ -41,6 +41,7 @@ class StopRule:
         """Raise TrainingDiverged after train.max_bad_steps non-finite gradients in a row."""
         if bad_in_row >= self.max_bad_steps:
             raise TrainingDiverged(
-                f"{bad_in_row} updates in a row had a non-finite gradient (train.max_bad_steps = "
-                f"{self.max_bad_steps}); the  last good checkpoint in {run / 'ckpt'} is untouched: lower train.lr or use another precision"
+                f"{bad_in_row} updates in a row had a non-finite gradient "
+                f"(train.max_bad_steps = {self.max_bad_steps}); the last good checkpoint in {run / 'ckpt'} is untouched: "
+                "lower train.lr or use another precision"
             )
