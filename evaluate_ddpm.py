@@ -48,6 +48,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="score fewer images than the extractor has dimensions")
     options, overrides = parser.parse(argv)
     cli.alias(options, overrides, ALIASES)
+    for name, dotted in (("samplers", "sample.sampler"), ("skip_steps", "sample.skip_steps")):
+        if getattr(options, name) and dotted in overrides:
+            raise InputError(f"--{name} and --{dotted} are the same option: give one of them")
     asked = [(options.config, config.read_yaml(options.config))] if options.config else []
     asked.append(("command line", overrides))
     merged = config.merge(*asked)  # a wrong key or value is told before torch is imported

@@ -94,7 +94,7 @@ def generate(
         raise ValueError(f"{n_frames} frames were asked of {steps} sampling steps")
     kept = frame_steps(steps, n_frames)
     indices = torch.as_tensor(indices, dtype=torch.int64)
-    for rows in torch.arange(len(indices)).split(micro_batch):
+    for rows in torch.arange(len(indices)).split(micro_batch) if len(indices) else ():
         chosen = indices[rows]
         rows_cond = {name: value[rows.to(value.device)] for name, value in (cond or {}).items()}
         frames = []

@@ -108,6 +108,7 @@ GOOD_TEXTS = [
     ("train: {n_epochs: }", "train.n_epochs", None),
     ("data: {random_flip: yes}", "data.random_flip", True),
     ("data: {root: 2024}", "data.root", "2024"),
+    ("data: {root: '2024'}", "data.root", "2024"),
     ("model: {dim_mults: [1, 2]}", "model.dim_mults", [1, 2]),
     ("sample: {sampler: fixed_small}", "sample.sampler", "fixed-small"),
 ]

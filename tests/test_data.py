@@ -316,7 +316,7 @@ def test_a_picture_that_declares_too_many_pixels_is_refused_by_name(tmp_path, si
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
-    with pytest.raises(InputError, match=r"bomb\.png"):
+    with pytest.raises(InputError, match=r"bomb\.png.* pixels"):
         folder_set(tmp_path)["train"][0]
 
 
@@ -336,9 +336,9 @@ def test_no_folder_or_no_image_is_an_error(tmp_path, kind, text):
 
 
 def test_resizing_is_antialiased():
-    board = (torch.arange(64)[:, None] + torch.arange(64)[None, :]) % 2 * 255
+    board = (torch.arange(72)[:, None] + torch.arange(72)[None, :]) % 2 * 255  # every ninth pixel is black, white, ...
     small = fit(board.to(torch.uint8)[None], 8)
-    assert small.shape == (1, 8, 8) and (small - 127.5).abs().max() <= 2
+    assert small.shape == (1, 8, 8) and (small - 127.5).abs().max() <= 4
 
 
 @pytest.mark.parametrize("wide", [True, False])

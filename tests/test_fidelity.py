@@ -425,7 +425,7 @@ def test_too_few_images_are_refused_unless_forced(scorer, capsys):
         scorer.check_count(63, False)
     scorer.check_count(63, True)
     scorer.reference.images = scorer.reference.images.subset(torch.arange(63), "digits:train")
-    with pytest.raises(InputError, match="reference digits:train, 63 images"):
+    with pytest.raises(InputError, match=r"reference digits:train.* 63 images"):
         scorer.check_count(1000, False)
     scorer.check_count(1000, True)
     capsys.readouterr()

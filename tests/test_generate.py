@@ -184,10 +184,11 @@ def test_denoiser_clips_and_autocasts(model):
     clipped, free = (denoiser(model, PROCESS, clip)(x, 30) for clip in (True, False))
     assert clipped.x0.abs().max() <= 1 < free.x0.abs().max()
     seen = []
-    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(output))
     half = denoiser(model, PROCESS, False, torch.bfloat16)(x, 30)
     hook.remove()
-    assert seen == [torch.bfloat16] and half.x0.dtype == torch.float32
+    assert seen[0].dtype == torch.bfloat16 and half.x0.dtype == torch.float32
+    assert torch.equal(half.x0, PROCESS.predict(seen[0].float(), x, 30, False).x0), "the arithmetic is in float32"
     assert 0 < (half.x0 - free.x0).abs().max() < 0.1
 
 

@@ -318,6 +318,20 @@ def test_decoder_by_numeric_integration(level, std):
     assert discretized_gaussian_nll(*arguments).item() == pytest.approx(-math.log(mass), rel=1e-7, abs=1e-9)
 
 
+@pytest.mark.parametrize("distance", [-0.05, -0.04, -0.01, 0.01, 0.04, 0.05])
+def test_decoder_in_float32_is_that_of_float64(distance):
+    """Down to the floor of 1e-12: training is in float32, and far from the mean it still has to move the variance."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        log_std = torch.tensor(math.log(0.008), dtype=dtype, requires_grad=True)
+        nll = discretized_gaussian_nll(
+            torch.tensor(0.2, dtype=dtype), torch.tensor(0.2 - distance, dtype=dtype), log_std
+        )
+        results.append((nll.item(), *(g.item() for g in torch.autograd.grad(nll, log_std))))
+    assert results[1][0] < -math.log(1e-12)
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
 def test_decoder_levels_sum_to_one():
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for mean, log_std in [(0.0, -3.0), (0.98, -2.0), (-1.3, -1.0)]:

@@ -113,7 +113,7 @@ def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def problem(folder: Path) -> str | None:
     """Why a checkpoint folder can't be trusted; None where every file matches its SHA-256 sum."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        sums = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError):

@@ -69,7 +69,7 @@ class DatasetClassifier(FeatureExtractorBase):
         super().__init__(name, features_list)
         with safe_open(feature_extractor_weights_path, "pt") as file:
             shape = json.loads(file.metadata()["shape"])
-            weights = {key: file.get_tensor(key) for key in file}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.image_size, self.channels = shape["image_size"], shape["channels"]
         self.net = Classifier(**shape)
         self.net.load_state_dict(weights)
@@ -123,7 +123,8 @@ def trained(train: ImageSet, test: ImageSet | None, cache_dir: Path, device: tor
     path = cache_dir / f"{NAME}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
     if not path.exists():
         net = _train(train, shape, device)
-        accuracy = _accuracy(net, test, device) if test is not None else None
+        labelled = test is not None and test.labels is not None
+        accuracy = _accuracy(net, test, device) if labelled else None
         cache_dir.mkdir(parents=True, exist_ok=True)
         metadata = {"shape": json.dumps(shape), "test_accuracy": json.dumps(accuracy)}
         write_atomically(path, lambda p: save_file({k: v.cpu() for k, v in net.state_dict().items()}, p, metadata))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import InputError
+
+BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 Switch = Literal["auto", "true", "false"]
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "image_folder"]
@@ -140,7 +143,7 @@ class Evaluate:
 
 @dataclass
 class Config:
-    seed: int = key(0, "seed of initialisation, data order, timesteps, noise and dropout", ge=0)
+    seed: int = key(0, "seed of initialisation, data order, timesteps, noise and dropout", ge=0, le=2**63 - 1)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     diffusion: Diffusion = field(default_factory=Diffusion)
@@ -162,9 +165,12 @@ class KeyInfo:
     @property
     def choices(self) -> tuple[str, ...]:
         """Legal words of a Literal, or of a list of Literals; empty for every other type."""
-        kind = self._inner
-        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-        return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        return typing.get_args(self.element) if typing.get_origin(self.element) is Literal else ()
+
+    @property
+    def element(self) -> Any:
+        """The type of the value, or of an entry where it is a list."""
+        return typing.get_args(self._inner)[0] if self.is_list else self._inner
 
     @property
     def optional(self) -> bool:
@@ -215,44 +221,19 @@ KEYS: dict[str, KeyInfo] = _walk(Config)
 def nearest(word: str, words: typing.Iterable[str]) -> str:
     """`; did you mean X?` for the closest of `words`, else an empty string."""
     words = list(words)
-    close = difflib.get_close_matches(word, words, 1, 0.6)
-    if not close:  # the right key under the wrong or no section
-        last = [name for name in words if name.split(".")[-1] == word.split(".")[-1]]
-        close = last[:1] or difflib.get_close_matches(word.split(".")[-1], [w.split(".")[-1] for w in words], 1, 0.6)
-        close = [next(w for w in words if w.split(".")[-1] == c.split(".")[-1]) for c in close]
+    by_last = {name.split(".")[-1]: name for name in reversed(words)}  # the right key under another section
+    last = word.split(".")[-1]
+    close = [last] if last in by_last else difflib.get_close_matches(word, words, 1, 0.6)
+    close = close or difflib.get_close_matches(last, by_last, 1, 0.6)
+    close = [by_last.get(name, name) for name in close]
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _unknown(name: str, where: str) -> InputError:
-    if any(known.startswith(name + ".") for known in KEYS):
-        return InputError(f"{where}: {name} is a section: set one of its keys, such as {name}.{_first_key(name)}")
+def _unknown(name: str, value: Any, where: str) -> InputError:
+    first = next((known for known in KEYS if known.startswith(name + ".")), None)
+    if first:
+        return InputError(f"{where}: {name} = {value!r}: {name} is a section: set one of its keys, such as {first}")
     return InputError(f"{where}: unknown key {name}{nearest(name, KEYS) or ' (--help lists all keys)'}")
-
-
-def _first_key(section: str) -> str:
-    return next(name for name in KEYS if name.startswith(section + ".")).split(".")[-1]
-
-
-def _normal(info: KeyInfo, value: Any) -> Any:
-    """Spellings that mean the same: null words, YAML's booleans for a switch, `fixed_large` for `fixed-large`."""
-    if isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "") and info.optional:
-        return None
-    if isinstance(value, str) and "${" in value:
-        raise InputError(f"{info.name} = {value!r}: interpolations are not supported, write the value itself")
-    if isinstance(value, list):
-        return [_normal_word(info, item) for item in value]
-    return _normal_word(info, value)
-
-
-def _normal_word(info: KeyInfo, value: Any) -> Any:
-    if not info.choices:
-        return value
-    word = str(value).strip().lower() if isinstance(value, bool) else str(value).strip()
-    if word not in info.choices:
-        word = {"True": "true", "False": "false"}.get(word, word)
-        swapped = [choice for choice in info.choices if choice.replace("_", "-") == word.replace("_", "-")]
-        word = swapped[0] if swapped else word
-    return word
 
 
 def set_key(config: DictConfig, name: str, value: Any, where: str) -> None:
@@ -263,40 +244,77 @@ def set_key(config: DictConfig, name: str, value: Any, where: str) -> None:
     """
     base, _, index = name.partition("[")
     if base not in KEYS:
-        raise _unknown(base, where)
+        raise _unknown(base, value, where)
     info = KEYS[base]
     wanted = info.type_name + (f", {info.range_name}" if info.range_name else "")
-    wrong = InputError(f"{where}: {base} = {value!r}: wanted {wanted}{_guess(info, value)}")
+    wrong = f"{where}: {name} = {value!r}: wanted {wanted}{_guess(info, value)}"
+    place = base
     if index:
         current = OmegaConf.select(config, base)
         if not info.is_list or not index.endswith("]") or not index[:-1].isdigit() or int(index[:-1]) >= len(current):
             have = f"{base} has {len(current)} entries" if info.is_list else f"{base} is not a list"
             raise InputError(f"{where}: {name}: no such entry: {have}")
-        name = f"{base}.{index[:-1]}"
-    elif info.is_list and isinstance(value, str):
-        value = _parse_list(value, wrong)
+        place = f"{base}.{index[:-1]}"
     try:
-        value = _normal(info, value)
-        if isinstance(value, dict) or (isinstance(value, list) != (info.is_list and not index) and value is not None):
-            raise wrong
-        if isinstance(value, bool) and info._inner is not bool:
-            raise wrong
-        if info.choices and any(v not in info.choices for v in (value if isinstance(value, list) else [value])):
-            raise wrong
-        OmegaConf.update(config, name, value, merge=False)
+        value = _scalar(info, value) if index else _typed(info, value)
+        OmegaConf.update(config, place, value, merge=False)
         result = OmegaConf.select(config, base)
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        raise wrong from error
+        raise InputError(wrong + (str(error) if str(error).startswith(";") else "")) from error
     if not _in_range(info, result):
-        raise wrong
+        raise InputError(wrong)
 
 
-def _parse_list(text: str, wrong: InputError) -> list:
-    """`[1,2,2]` -> [1, 2, 2]; entries keep their text, the typed node converts them."""
-    text = text.strip()
-    if not (text.startswith("[") and text.endswith("]")):
-        raise wrong
-    return [item.strip().strip("'\"") for item in text[1:-1].split(",")] if text[1:-1].strip() else []
+def _typed(info: KeyInfo, value: Any) -> Any:
+    """A whole value as the typed node takes it; ValueError where it can't be one of the key's type."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "")):
+        if info.optional:
+            return None
+        if value is None:
+            raise ValueError
+    if not info.is_list:
+        return _scalar(info, value)
+    if isinstance(value, str):  # [1,2,2]; entries keep their text
+        text = value.strip()
+        if not (text.startswith("[") and text.endswith("]")):
+            raise ValueError
+        value = [item.strip().strip("'\"") for item in text[1:-1].split(",")] if text[1:-1].strip() else []
+    if not isinstance(value, list):
+        raise ValueError
+    return [_scalar(info, item) for item in value]
+
+
+def _scalar(info: KeyInfo, value: Any) -> Any:
+    """One value in the spelling that the typed node takes; ValueError for what only looks like one."""
+    if isinstance(value, str):
+        value = value.strip()
+        if "${" in value:
+            raise ValueError("; interpolations are not supported, write the value itself")
+        if value == "???":  # omegaconf would take the key as not given
+            raise ValueError
+    if info.choices:
+        return _choice(info.choices, value)
+    if isinstance(value, (dict, list)) or value is None or (isinstance(value, bool) and info.element is not bool):
+        raise ValueError
+    if isinstance(value, str) and info.element is int and not re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", value):
+        raise ValueError
+    if info.element is bool and str(value).lower() not in BOOLEANS:
+        raise ValueError
+    if info.element is str and str(value).lower() in ("null", "~"):
+        raise ValueError
+    return BOOLEANS[str(value).lower()] if info.element is bool else value
+
+
+def _choice(choices: tuple[str, ...], value: Any) -> str:
+    """`fixed_large` for `fixed-large`, and YAML's booleans for a switch or the word no."""
+    words = [str(value)]
+    if isinstance(value, bool):
+        words += [word for word, meaning in BOOLEANS.items() if meaning is value]
+    for word in words:
+        for choice in choices:
+            if choice.replace("_", "-") == word.replace("_", "-") or (choice in BOOLEANS and choice == word.lower()):
+                return choice
+    raise ValueError
 
 
 def _guess(info: KeyInfo, value: Any) -> str:
@@ -340,7 +358,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
         is_section = any(known.startswith(dotted + ".") for known in KEYS)
-        if isinstance(value, dict) and (is_section or not prefix or value):
+        if isinstance(value, dict) and (is_section or value):
             flat |= flatten(value, dotted + ".")
         elif not (value is None and is_section):
             flat[dotted] = value

@@ -72,6 +72,11 @@ def _check_diffusion(config: DictConfig) -> None:
             f"diffusion.{cause} makes alpha_bar_T = 0, where x0 can't be told from eps: "
             "use --diffusion.objective pred_v or pred_x0"
         )
+    if ends_at_zero and diffusion.loss_weighting != "none":
+        raise InputError(
+            f"diffusion.loss_weighting = {diffusion.loss_weighting} gives the last timestep no weight "
+            "where alpha_bar_T = 0, so that it is never trained: use none"
+        )
     if diffusion.zero_terminal_snr and diffusion.total_steps < 2:
         raise InputError("diffusion.zero_terminal_snr needs diffusion.total_steps >= 2")
 

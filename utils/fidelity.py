@@ -61,7 +61,7 @@ def open_extractor(
     """
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
     layers = {metric: cls.get_default_feature_layer_for_metric(metric) for metric in {*metrics, "fid"}}
-    if weights is not None:
+    if weights is not None and name != classifier.NAME:  # that file is our own, and safetensors
         _check_weights(Path(weights))
     try:
         net = create_feature_extractor(
@@ -87,13 +87,13 @@ def _check_weights(path: Path) -> None:
     """Read the file safely first: torch-fidelity would unpickle anything."""
     if not path.is_file():
         raise InputError(f"--feature_extractor_weights {path}: no such file")
-    if path.suffix == ".safetensors":
-        return
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's many ways to say that a file is cut off or holds more than tensors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--feature_extractor_weights {path} can't be read as plain tensors: {first}") from None
+    if not isinstance(weights, dict):
+        raise InputError(f"--feature_extractor_weights {path} holds a {type(weights).__name__}, not named tensors")
 
 
 def scores(

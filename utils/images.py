@@ -26,7 +26,7 @@ def strip(frames: Tensor) -> Tensor:
 
 def enlarge(picture: Tensor, at_least: int = 512) -> Tensor:
     """Repeat pixels of a small picture [C, H, W] until its longer side has `at_least` of them."""
-    factor = max(1, at_least // max(picture.shape[-2:]))
+    factor = max(1, -(-at_least // max(picture.shape[-2:])))
     return picture.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 

@@ -43,17 +43,18 @@ def open_reference(text: str, data: DictConfig, image_size: int, channels: int) 
     Raises:
         InputError: neither a data set nor a folder, or a split that does not exist.
     """
+    data = data.copy()
     name, _, split = text.partition(":")
     names = schema.KEYS["data.name"].choices
     if name.replace("-", "_") in names and name != "image_folder":
         name = name.replace("-", "_")
         if data.name != name:
             recipe = CONFIGS / f"ddpm_{name}.yaml"
-            data = schema.merge((str(recipe), schema.read_yaml(recipe))).data if recipe.exists() else data.copy()
+            data = schema.merge((str(recipe), schema.read_yaml(recipe))).data if recipe.exists() else data
             data.name = name
     elif Path(text).is_dir():
         same = data.name == "image_folder" and Path(data.root).resolve() == Path(text).resolve()
-        data, split = data.copy(), ""
+        split = ""
         data.name, data.root = "image_folder", text
         data.valid_fraction = data.valid_fraction if same else 0.0
     else:

@@ -12,6 +12,7 @@ from utils.errors import InputError
 from utils.images import file_name
 
 PROTOCOL = "protocol.json"
+SAMPLE = re.compile(r"(\d{6,})\.png")
 IDENTITY = "identity"  # the part of the protocol that images are a function of; the rest is circumstance
 
 
@@ -20,12 +21,14 @@ def check_folder(folder: Path, identity: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--save_dir {folder} is a file")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = [name for name in names if not re.fullmatch(r"\..*\.tmp", name)]  # half-written by a killed process
     if not names:
         return
-    if PROTOCOL not in names:
-        raise InputError(f"--save_dir {folder} already holds {names[0]} and no {PROTOCOL}: choose an empty folder")
+    foreign = [name for name in names if not SAMPLE.fullmatch(name) and name != PROTOCOL]
+    if foreign or PROTOCOL not in names:
+        raise InputError(f"--save_dir {folder} already holds {(foreign or names)[0]}: choose an empty folder")
     try:
-        stored = json.loads((folder / PROTOCOL).read_text())[IDENTITY]
+        stored = dict(json.loads((folder / PROTOCOL).read_text())[IDENTITY])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"--save_dir {folder}: its {PROTOCOL} can't be read: choose another folder") from None
     different = [name for name in sorted(identity.keys() | stored.keys()) if identity.get(name) != stored.get(name)]
@@ -56,8 +59,7 @@ def start_folder(folder: Path, identity: dict[str, Any], circumstances: dict[str
 
 def missing(folder: Path, n: int) -> list[int]:
     """Which of the samples 0..n-1 are not there yet."""
-    pattern = re.compile(r"(\d{6,})\.png$")
-    present = {int(match[1]) for path in folder.glob("*.png") if (match := pattern.match(path.name))}
+    present = {int(match[1]) for path in folder.iterdir() if (match := SAMPLE.fullmatch(path.name))}
     return [i for i in range(n) if i not in present]
 
 

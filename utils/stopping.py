@@ -42,6 +42,6 @@ class StopRule:
         if bad_in_row >= self.max_bad_steps:
             raise TrainingDiverged(
                 f"{bad_in_row} updates in a row had a non-finite gradient "
-                f"(train.max_bad_steps = {self.max_bad_steps}); the last good checkpoint in {run / 'ckpt'} is untouched: "
+                f"(train.max_bad_steps = {self.max_bad_steps}); the last good checkpoint in {run} is untouched: "
                 "lower train.lr or use another precision"
             )

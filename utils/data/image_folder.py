@@ -92,13 +92,18 @@ def find_images(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def load_folder(root: Path, size: int, channels: int, name: str) -> FolderSet:
-    """The images below one folder; classes are its first folder level where every image lies in one."""
+def load_folder(root: Path, size: int, channels: int, name: str, classes: Sequence[str] = ()) -> FolderSet:
+    """The images below one folder; classes are its first folder level where every image lies in one.
+
+    Given `classes` (those of the training images), labels count in them, and another class is an error.
+    """
     paths = find_images(root)
     first = [path.relative_to(root).parts[0] if path.parent != root else None for path in paths]
-    if None in first or len(set(first)) < 2:
+    if None in first or len(set(first) | set(classes)) < 2:
         return FolderSet(name, paths, None, [], size, channels)
-    classes = sorted(set(first))
+    classes = list(classes) or sorted(set(first))
+    if unknown := set(first) - set(classes):
+        raise InputError(f"image folder {root}: the class {min(unknown)} has no training images")
     labels = torch.tensor([classes.index(part) for part in first])
     return FolderSet(name, paths, labels, classes, size, channels)
 
@@ -111,7 +116,8 @@ def load_image_folder(options) -> dict[str, ImageSet]:
         folders = {SPLITS[child]: root / child for child in children}
     else:
         folders = {"train": root}
-    return {
-        split: load_folder(folder, options.image_size, options.channels, root.resolve().name)
-        for split, folder in folders.items()
-    }
+    size, channels, name = options.image_size, options.channels, root.resolve().name
+    sets = {"train": load_folder(folders["train"], size, channels, name)}
+    if "test" in folders:
+        sets["test"] = load_folder(folders["test"], size, channels, name, sets["train"].classes)
+    return sets

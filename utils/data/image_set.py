@@ -52,7 +52,10 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
     """uint8 [..., C, H, W] with C of 1 or 3 -> `channels`, by ITU-R 601 luma or by repetition."""
     if images.shape[-3] == channels:
         return images
-    return transforms.rgb_to_grayscale(images) if channels == 1 else images.expand(*images.shape[:-3], 3, -1, -1)
+    if channels == 3:
+        return images.expand(*images.shape[:-3], 3, -1, -1)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+    return (images * weights).sum(-3, keepdim=True).round().to(torch.uint8)  # rounded: equal channels keep their level
 
 
 def fit(images: Tensor, size: int) -> Tensor:
