@@ -84,7 +84,12 @@ def sweep(options, asked) -> list[dict[str, str]]:
     cells = [sampler | step for step in steps for sampler in samplers]
     for cell in cells:
         config.merge(*asked, ("--samplers or --skip_steps", cell))
-    return sorted(cells, key=lambda cell: int(cell.get("sample.skip_steps", 0)))
+    return sorted(cells, key=lambda cell: steps_of(cell["sample.skip_steps"]) if "sample.skip_steps" in cell else 0)
+
+
+def steps_of(text: str) -> float:
+    """A step count for sorting; null, all T of them, comes last."""
+    return int(text) if text.isdigit() else float("inf")
 
 
 def evaluate(options, cfg, weights, cells: list[dict[str, str]]) -> int:

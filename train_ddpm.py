@@ -58,27 +58,28 @@ def train(run) -> int:
     from utils.logging import RunLog, banner
     from utils.meter import Meter
     from utils.optimizer import build_ema, build_optimizer, lr_at
-    from utils.preview import preview, validation_loss
+    from utils.preview import preview, training_score, validation_loss
     from utils.profiling import profiler
     from utils.run_folder import claim
     from utils.stopping import StopRule
-    from utils.training_score import TrainingScore
 
     cfg, opts = run.config, run.config.train
     resolved = precision.resolve(cfg, run.stored_state().get("resolved"))
     tracker = opts.log_with if opts.log_with != "none" else None
     accelerator = distributed.start(resolved["mixed_precision"], log_with=tracker, project_dir=run.folder)
-    claim(run, accelerator)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     dtype, layout = precision.DTYPES[resolved["mixed_precision"]], precision.memory_format(cfg)
 
-    splits = load_splits(cfg.data)
+    with accelerator.main_process_first():  # one downloads
+        splits = load_splits(cfg.data)
     batches = Batches(
         splits["train"], cfg.seed, opts.batch_size, rank, world, cfg.data.random_flip, device, cfg.data.cache,
         cfg.data.num_workers,
     )  # fmt: skip
     n_steps = opts.n_steps if opts.n_epochs is None else -(-opts.n_epochs * len(batches) // opts.batch_size)
     valid = held_out(splits.get("test"), opts.n_valid)
+
+    claim(run, accelerator)  # everything that was asked for can be had: from here on, files are written
 
     torch.manual_seed(cfg.seed)
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
@@ -93,11 +94,11 @@ def train(run) -> int:
     state = training_state.restore(run.checkpoint, accelerator, net, ema, optimizer) if run.checkpoint else {"step": 0}
     meter = Meter(accelerator, state.get("meter"))
     stop = StopRule(accelerator, opts)
-    score = TrainingScore(accelerator, cfg) if opts.evaluate_every else None
+    score = training_score(accelerator, cfg) if opts.evaluate_every else None
 
     start = state["step"]
     log = RunLog(accelerator, run.folder, start, n_steps)
-    banner(log, run, net, batches, valid, resolved, start, n_steps)
+    banner(log, run, net, process, batches, valid, resolved, start, n_steps)
     if start >= n_steps:
         log.close()
         return 0

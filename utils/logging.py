@@ -141,7 +141,7 @@ def draw_curves(run: Path) -> None:
     plt.close(figure)
 
 
-def banner(log: RunLog, run, net, batches, held_out, resolved: dict, start: int, n_steps: int) -> None:
+def banner(log: RunLog, run, net, process, batches, held_out, resolved: dict, start: int, n_steps: int) -> None:
     """What is about to happen, and when it ends."""
     cfg, opts, n = run.config, run.config.train, len(batches)
     device, switches = log.accelerator.device.type, [name for name in ("compile", "deterministic") if resolved[name]]
@@ -162,6 +162,10 @@ def banner(log: RunLog, run, net, batches, held_out, resolved: dict, start: int,
         "every": f"{opts.save_every:,} steps a checkpoint, {opts.sample_every:,} a preview, "
         f"{opts.valid_every:,} a validation, and at the end",
     }
+    if process.alpha_bar[-1] > 0.01:
+        lines["note"] = (
+            f"alpha_bar_T = {process.alpha_bar[-1]:.3f}: x_T still holds signal, but sampling starts from noise"
+        )
     if start >= n_steps:
         lines["finished"] = f"step {start:,} of {n_steps:,} is done: nothing to do (more: --train.n_steps N)"
     for name, text in lines.items():
