@@ -70,7 +70,7 @@ def train(run) -> int:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     dtype, layout = precision.DTYPES[resolved["mixed_precision"]], precision.memory_format(cfg)
 
-    with accelerator.main_process_first():  # one downloads
+    with distributed.main_process_first(accelerator):  # one downloads
         splits = load_splits(cfg.data)
     batches = Batches(
         splits["train"], cfg.seed, opts.batch_size, rank, world, cfg.data.random_flip, device, cfg.data.cache,

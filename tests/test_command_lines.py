@@ -109,6 +109,7 @@ def test_print_config_can_be_read_back(tmp_path: Path, cwd: Path, script: str) -
 REFUSED = [
     ("train_ddpm.py", "--train.lrr 1", ["train.lrr", "did you mean train.lr?"]),
     ("train_ddpm.py", "--lr 1", ["--lr", "did you mean --train.lr?"]),
+    ("train_ddpm.py", "--rr 1", ["unknown option --rr (--help"]),  # there is no --r to suggest
     ("train_ddpm.py", "--train.lr abc", ["train.lr = 'abc'", "float"]),
     ("train_ddpm.py", "--train.lr", ["--train.lr", "value"]),
     ("train_ddpm.py", "-c", ["-c", "argument"]),
@@ -134,7 +135,6 @@ REFUSED = [
     ("train_ddpm.py", "-r auto", ["-r auto", "-e"]),
     ("train_ddpm.py", "-r absent", ["-r absent", "no such"]),
     ("train_ddpm.py", "--train.mixed_precision fp16", ["fp16", "GPU"]),
-    ("train_ddpm.py", "--data.name image_folder --data.root absent", ["absent", "does not exist"]),
     ("train_ddpm.py", "--data.name image_folder --data.root {inputs}/run", ["run", "holds no png"]),
     (
         "train_ddpm.py",
@@ -179,14 +179,22 @@ def test_only_the_main_process_speaks(cwd: Path) -> None:
         assert done.stderr.count("\n") == (1 if rank == "0" else 0)
 
 
-def test_processes_that_each_believe_to_be_alone_are_refused(cwd: Path) -> None:
-    """What torchrun and `accelerate launch --multi_gpu` start without a GPU, unless ACCELERATE_USE_CPU is set."""
+@pytest.mark.parametrize(
+    "line, extra, says",
+    [
+        # What torchrun and `accelerate launch --multi_gpu` start without a GPU: each process believes it is alone.
+        ("", {}, ["2 processes", "ACCELERATE_USE_CPU=true"]),
+        ("--data.name image_folder --data.root absent", {"ACCELERATE_USE_CPU": "true"}, ["absent", "does not exist"]),
+    ],
+    ids=["no GPU", "missing data"],
+)
+def test_two_processes_end_together(cwd: Path, line: str, extra: dict[str, str], says: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), **extra}
     ranks = [
         subprocess.Popen(
-            command("train_ddpm.py"),
+            command("train_ddpm.py", *line.split()),
             cwd=cwd,
             env=environment(**launch, RANK=rank, LOCAL_RANK=rank),
             stdout=subprocess.PIPE,
@@ -201,6 +209,6 @@ def test_processes_that_each_believe_to_be_alone_are_refused(cwd: Path) -> None:
         for rank in ranks:
             rank.kill()
     main, other = (subprocess.CompletedProcess((), rank.returncode, *out) for rank, out in zip(ranks, output))
-    assert_refused("train_ddpm.py", main, ["2 processes", "ACCELERATE_USE_CPU=true"])
+    assert_refused("train_ddpm.py", main, says)
     assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
     assert not any(cwd.iterdir())

@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import urllib.error
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +31,7 @@ CPU = torch.device("cpu")
 INCEPTION = "inception-v3-compat"
 METRICS = ["fid", "isc", "kid", "prc"]
 ALONE = SimpleNamespace(
-    process_index=0, num_processes=1, is_main_process=True, device=CPU, main_process_first=nullcontext
+    process_index=0, num_processes=1, is_main_process=True, device=CPU, wait_for_everyone=lambda: None
 )
 
 

@@ -38,13 +38,14 @@ class Parser(argparse.ArgumentParser):
                 if i + 1 >= len(argv) or argv[i + 1].startswith("--"):
                     raise InputError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
                 value = argv[next(words)]
+            overrides.pop(name[2:], None)  # given twice, the last one counts, also in its place
             overrides[name[2:]] = value
         known, unknown = self.parse_known_args(rest)
         if unknown:
             word = next((u for u in unknown if u.startswith("-")), unknown[0])
             if not word.startswith("-"):
                 raise InputError(f"unexpected argument {word!r}: options are written --name value, lists [1,2,3]")
-            hint = nearest(word.lstrip("-").partition("=")[0], [*(o.lstrip("-") for o in options), *KEYS])
+            hint = nearest(word.lstrip("-").partition("=")[0], [*(o[2:] for o in options if o.startswith("--")), *KEYS])
             raise InputError(f"unknown option {word}{hint.replace('mean ', 'mean --') or ' (--help lists them all)'}")
         return known, overrides
 
@@ -84,8 +85,8 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     """argparse type of a seed."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +38,18 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
             "set ACCELERATE_USE_CPU=true to run them on the CPU"
         )
     return accelerator
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """accelerate's, but where the main process fails the others are let go, and meet the same error themselves."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()
 
 
 def use_all_cores() -> None:

@@ -18,7 +18,7 @@ from utils import classifier, precision
 from utils.cli import say
 from utils.data.image_folder import find_images, load_folder, read_image
 from utils.data.image_set import ImageSet
-from utils.distributed import gather_rows, share
+from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, open_extractor, scores
 from utils.micro_batch import generate_fitting
@@ -92,12 +92,12 @@ class Scorer:
         if options.feature_extractor == classifier.NAME:
             if path is not None:
                 raise InputError(f"evaluate.feature_extractor_weights: {classifier.NAME} trains its own")
-            with accelerator.main_process_first():  # one trains, the others then read its file
+            with main_process_first(accelerator):  # one trains, the others then read its file
                 trained = classifier.trained(found.train, found.test, cache, accelerator.device)
             path, accuracy = str(trained.path), trained.test_accuracy
             shown = "unknown, there is no test split" if accuracy is None else f"{accuracy:.2%}"
             say(f"dataset classifier of {found.train.name}: test accuracy {shown}")
-        with accelerator.main_process_first():  # one downloads
+        with main_process_first(accelerator):  # one downloads
             extractor = open_extractor(
                 options.feature_extractor, path, list(options.metrics), options.batch_size, accelerator.device
             )
