@@ -199,6 +199,11 @@ def test_newest_falls_back_to_the_last_good_checkpoint_and_says_so(tmp_path):
     assert all(folder.is_dir() for folder in folders)  # looking changes nothing
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path):
+    save(tmp_path, 3).rename(tmp_path / "ckpt" / "step000007")
+    assert "step 3" in problem(tmp_path / "ckpt" / "step000007")
+
+
 def test_folders_set_aside_are_not_checkpoints(tmp_path):
     save(tmp_path, 1)
     aside = [checkpoint.quarantine(save(tmp_path, step), suffix) for step, suffix in ((2, "bad"), (3, "superseded"))]

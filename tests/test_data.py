@@ -269,6 +269,13 @@ def test_a_class_without_test_images_does_not_shift_the_labels_of_the_others(tmp
             assert tuple(found[i][:, 0, 0].tolist()) == COLORS[sets["train"].classes[label]]
 
 
+def test_a_test_class_without_training_images_is_refused(tmp_path):
+    for folder in ("train/a", "train/b", "test/a", "test/new"):
+        save(tmp_path / folder / "1.png", plain("L", 0))
+    with pytest.raises(InputError, match="class new"):
+        folder_set(tmp_path)
+
+
 def test_splits_of_which_one_has_no_classes_can_be_joined(tmp_path):
     for folder in ("train/a", "train/b", "test"):
         save(tmp_path / folder / "1.png", plain("L", 0))

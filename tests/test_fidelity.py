@@ -350,7 +350,20 @@ def test_cached_features_are_never_stale(digits, extractor, tmp_path):
     for change in ({"weights_sha256": "0" * 64}, {"layers": {"fid": "features"}}, {"name": "other"}):
         assert find(images, **change)[1:] == (1, 1)
     assert not torch.equal(find(other)[0]["features"], first["features"])
+    for path in tmp_path.glob("features-*"):
+        path.write_bytes(path.read_bytes()[:100])
+    again, new, extracted = find(images)  # damaged files are made again
+    assert (new, extracted) == (0, 1) and all(torch.equal(again[layer], first[layer]) for layer in first)
     hook.remove()
+
+
+def test_a_damaged_classifier_file_is_made_again(digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(classifier, "N_STEPS", 2)
+    first = classifier.trained(digits["train"], digits["test"], tmp_path, CPU)
+    whole = first.path.read_bytes()
+    first.path.write_bytes(whole[:100])
+    assert classifier.trained(digits["train"], digits["test"], tmp_path, CPU) == first
+    assert first.path.read_bytes() == whole
 
 
 # References

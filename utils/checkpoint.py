@@ -113,7 +113,8 @@ def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def problem(folder: Path) -> str | None:
     """Why a checkpoint folder can't be trusted; None where every file matches its SHA-256 sum."""
     try:
-        sums = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sums, step = dict(manifest["sha256"]), manifest["step"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError):
@@ -121,6 +122,8 @@ def problem(folder: Path) -> str | None:
     for name in ("config.yaml", "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"):
         if name not in sums:
             return f"{MANIFEST} does not list {name}"
+    if is_checkpoint_name(folder) and step != step_of(folder):
+        return f"{MANIFEST} is that of step {step}"
     for name, expected in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

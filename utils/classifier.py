@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch_fidelity import register_feature_extractor
@@ -121,15 +121,24 @@ def trained(train: ImageSet, test: ImageSet | None, cache_dir: Path, device: tor
     shape = {"image_size": train[0].shape[-1], "channels": train[0].shape[0], "n_classes": len(train.classes)}
     identity = json.dumps([VERSION, SEED, N_STEPS, BATCH, shape, train.content_hash(), test and test.content_hash()])
     path = cache_dir / f"{NAME}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
-    if not path.exists():
+    accuracy = _stored_accuracy(path)
+    if accuracy is None:
         net = _train(train, shape, device)
         labelled = test is not None and test.labels is not None
-        accuracy = _accuracy(net, test, device) if labelled else None
+        accuracy = [_accuracy(net, test, device) if labelled else None]
         cache_dir.mkdir(parents=True, exist_ok=True)
-        metadata = {"shape": json.dumps(shape), "test_accuracy": json.dumps(accuracy)}
+        metadata = {"shape": json.dumps(shape), "test_accuracy": json.dumps(accuracy[0])}
         write_atomically(path, lambda p: save_file({k: v.cpu() for k, v in net.state_dict().items()}, p, metadata))
-    with safe_open(path, "pt") as file:
-        return Trained(path, json.loads(file.metadata()["test_accuracy"]))
+    return Trained(path, accuracy[0])
+
+
+def _stored_accuracy(path: Path) -> list[float | None] | None:
+    """[the test accuracy in a cached file]; None where there is no readable one, which is then made again."""
+    try:
+        with safe_open(path, "pt") as file:
+            return [json.loads(file.metadata()["test_accuracy"])]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _train(images: ImageSet, shape: dict[str, int], device: torch.device) -> nn.Module:

@@ -69,7 +69,8 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
     """Rows [n_r, ...] of every rank, in rank order, on the CPU of every rank; n_r may differ, none is padded."""
     if accelerator.num_processes == 1:
         return rows.cpu()
-    return torch.cat(gather_object([rows.cpu()]))
+    parts = gather_object([rows.cpu()])
+    return torch.cat([part for part in parts if len(part)] or parts)  # a process without rows knows no width
 
 
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:

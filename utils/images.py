@@ -43,7 +43,7 @@ def read_png(path: Path) -> Tensor:
 
 
 class PngWriter:
-    """Writes PNGs in threads, off the critical path; errors surface at the next `write` or at `close`."""
+    """Writes PNGs in threads, off the critical path; errors surface at `close`, or once 1,024 writes are waiting."""
 
     def __init__(self, folder: Path, n_threads: int = 2) -> None:
         self.folder, self.pool = folder, ThreadPoolExecutor(n_threads)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils import config as schema
@@ -73,8 +74,9 @@ def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, acceler
         f"{images.content_hash()} {extractor.name} {extractor.weights_sha256} {sorted(extractor.layers.values())}"
     )
     path = cache_dir / f"features-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
-    if all_agree(accelerator, path.exists()):
-        return load_file(path)
+    found = _read_cache(path)
+    if all_agree(accelerator, found is not None):
+        return found
     pixels = decode_all(images)
     mine = share(len(pixels), accelerator.process_index, accelerator.num_processes)
     found = extractor([pixels[mine]])
@@ -83,6 +85,14 @@ def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, acceler
         cache_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda p: save_file(found, p))
     return found
+
+
+def _read_cache(path: Path) -> Features | None:
+    """Cached features; None where there is no readable file, which is then made again."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
 
 
 def all_agree(accelerator, value: bool) -> bool:

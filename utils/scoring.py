@@ -26,6 +26,7 @@ from utils.protocol import hardware, sampling_identity, versions
 from utils.reference import Reference, features_of, open_reference
 from utils.weights import load_network
 
+FEWEST = 10
 FEW = 10_000  # below this many images FID is far from its value at 50,000
 
 
@@ -112,7 +113,9 @@ class Scorer:
         """Raise InputError for fewer images than feature dimensions, unless forced; warn under 10,000."""
         dims, n_real = self.extractor.n_features(self.real), len(self.reference.images)
         for what, count in ((f"{n} images", n), (f"reference {self.reference.name} of {n_real} images", n_real)):
-            if count < max(dims, 2) and not force:
+            if count < FEWEST:
+                raise InputError(f"{what}: wanted at least {FEWEST}, the splits of IS and the neighbours of precision")
+            if count < dims and not force:
                 raise InputError(
                     f"{what}: fewer than the {dims} dimensions of {self.extractor.name}, so that FID has no meaning; "
                     "--force scores all the same"
