@@ -318,7 +318,9 @@ def _choice(choices: tuple[str, ...], value: Any) -> str:
 
 
 def _guess(info: KeyInfo, value: Any) -> str:
-    return nearest(str(value), info.choices) if info.choices else ""
+    words = value if isinstance(value, list) else str(value).strip("[]").split(",")
+    wrong = [str(word).strip() for word in words if str(word).strip() not in info.choices]
+    return nearest(wrong[0], info.choices) if info.choices and wrong else ""
 
 
 def _in_range(info: KeyInfo, value: Any) -> bool:
