@@ -63,8 +63,9 @@ def main(argv: list[str]) -> int:
         raise InputError("--samplers, --skip_steps and --n_samples go with --weights: a folder is scored as it is")
     cli.require(options, *([] if options.print_config else ["reference"]))
     cells = sweep(options, asked)
+    data_keys = {name: value for _, keys in asked for name, value in keys.items() if name.startswith("data.")}
     if options.images:
-        return evaluate(options, merged, None, cells)
+        return evaluate(options, merged, None, cells, data_keys)
 
     from utils.weights import open_weights
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     if options.print_config:
         print(config.to_yaml(weights.config), end="")
         return 0
-    return evaluate(options, weights.config, weights, cells)
+    return evaluate(options, weights.config, weights, cells, data_keys)
 
 
 def sweep(options, asked) -> list[dict[str, str]]:
@@ -92,24 +93,25 @@ def steps_of(text: str) -> float:
     return int(text) if text.isdigit() else float("inf")
 
 
-def evaluate(options, cfg, weights, cells: list[dict[str, str]]) -> int:
+def evaluate(options, cfg, weights, cells: list[dict[str, str]], data_keys: dict[str, str]) -> int:
     """Score each cell that is not in the results yet, and print the table."""
-    from utils import distributed
+    from utils import distributed, precision
+    from utils.distributed import on_main
     from utils.fidelity import scores
     from utils.reference import features_of
     from utils.results import Results, cell_id, report
     from utils.scoring import Scorer, folder_images, generated_images
 
     accelerator = distributed.start()
+    precision.set_determinism(precision.wants_determinism("auto"))
     results = Results(Path(options.out or default_out(options, weights)))
     images = folder_images(options.images) if options.images else None
-    scorer = Scorer.open(accelerator, cfg, options.reference, images)
     n = len(images) if options.images else cfg.evaluate.n_samples
-    scorer.check_count(n, options.force)
+    scorer = Scorer.open(accelerator, cfg, options.reference, n, images, data_keys, options.force)
     for cell in cells:
         sampled = config.merge(("command line", cell), base=cfg)
         protocol = scorer.protocol(sampled, weights, options, images, n)
-        if results.find(cell_id(protocol)):
+        if on_main(accelerator, results.find(cell_id(protocol)) is not None):
             cli.say(f"{scorer.label(sampled, weights, options)}: already in {results.out}")
             continue
         began = time.monotonic()
@@ -147,7 +149,8 @@ def evaluate(options, cfg, weights, cells: list[dict[str, str]]) -> int:
 def default_out(options, weights) -> Path:
     """SAVE_DIR-scores beside a folder; RUN/scores/stepNNNNNN for a checkpoint."""
     if options.images:
-        return Path(options.images).with_name(f"{Path(options.images).resolve().name}-scores")
+        folder = Path(options.images).resolve()
+        return folder.with_name(f"{folder.name}-scores")
     step = weights.file.parent
     return step.parent.parent / "scores" / step.name if step.parent.name == "ckpt" else step / "scores"
 

@@ -94,7 +94,7 @@ def sample(options, weights, n_frames: int) -> int:
     from utils.weights import load_network
 
     accelerator = distributed.start()
-    cfg, folder = weights.config, Path(options.save_dir)
+    cfg, folder = weights.config, Path(options.save_dir).resolve()
     precision_name = precision.mixed_precision(cfg.sample.mixed_precision)
     precision.set_determinism(precision.wants_determinism("auto"))
     process = build_process(cfg.diffusion)
@@ -132,18 +132,11 @@ def sample(options, weights, n_frames: int) -> int:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shown = [read_png(path) for path in sample_paths(folder, min(options.n_samples, 16 if n_frames else 64))]
-        picture = folder.with_name(f"{folder.resolve().name}-grid.png")
-        write_png(picture, enlarge(grid_of(shown, grid, n_frames)))
+        picture = folder.with_name(f"{folder.name}-grid.png")
+        write_png(picture, enlarge(grid(shown, 1 if n_frames else None)))  # strips stand one under the other
         print(f"{options.n_samples} images in {folder}\ngrid: {picture}")
     accelerator.end_training()
     return 0
-
-
-def grid_of(shown: list, grid, n_frames: int):
-    """One picture of the first samples: near square, or strip under strip."""
-    import torch
-
-    return grid(torch.stack(shown), 1 if n_frames else None)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
         "-r", "--resume", metavar="auto|PATH", help="go on from the newest good checkpoint, or from PATH"
     )
     options, overrides = parser.parse(argv)
+    if "train.n_steps" in overrides:  # asked for last, so it counts, also where a recipe or a stored run has n_epochs
+        overrides.setdefault("train.n_epochs", "null")
 
     default = ROOT / "configs" / "ddpm_digits.yaml"
     default = (str(default), config.read_yaml(default))
@@ -58,10 +60,11 @@ def train(run) -> int:
     from utils.logging import RunLog, banner
     from utils.meter import Meter
     from utils.optimizer import build_ema, build_optimizer, lr_at
-    from utils.preview import preview, training_score, validation_loss
+    from utils.preview import preview, validation_loss
     from utils.profiling import profiler
     from utils.run_folder import claim
     from utils.stopping import StopRule
+    from utils.training_score import TrainingScore
 
     cfg, opts = run.config, run.config.train
     resolved = precision.resolve(cfg, run.stored_state().get("resolved"))
@@ -79,6 +82,7 @@ def train(run) -> int:
     n_steps = opts.n_steps if opts.n_epochs is None else -(-opts.n_epochs * len(batches) // opts.batch_size)
     valid = held_out(splits.get("test"), opts.n_valid)
 
+    score = TrainingScore(accelerator, cfg) if opts.evaluate_every else None
     claim(run, accelerator)  # everything that was asked for can be had: from here on, files are written
 
     torch.manual_seed(cfg.seed)
@@ -94,7 +98,6 @@ def train(run) -> int:
     state = training_state.restore(run.checkpoint, accelerator, net, ema, optimizer) if run.checkpoint else {"step": 0}
     meter = Meter(accelerator, state.get("meter"))
     stop = StopRule(accelerator, opts)
-    score = training_score(accelerator, cfg) if opts.evaluate_every else None
 
     start = state["step"]
     log = RunLog(accelerator, run.folder, start, n_steps)
@@ -104,7 +107,7 @@ def train(run) -> int:
         return 0
 
     share = opts.batch_size // world
-    micro_batches = torch.arange(share, device=device).split(opts.micro_batch or share)
+    micro_batch = min(opts.micro_batch or share, share)
     model.train()
     with profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
@@ -116,10 +119,11 @@ def train(run) -> int:
                 group["lr"] = lr
 
             total = torch.zeros((), device=device)
-            for i, rows in enumerate(micro_batches):
+            parts = list(zip(*(tensor.split(micro_batch) for tensor in (x0, t, eps))))
+            for i, part in enumerate(parts):
                 distributed.seed_dropout(cfg.seed, step, rank, i)
-                with distributed.sync_gradients(accelerator, model, i == len(micro_batches) - 1):
-                    loss = process.loss(model, x0[rows], t[rows], eps[rows]).sum() / share
+                with distributed.sync_gradients(accelerator, model, i == len(parts) - 1):
+                    loss = process.loss(model, *part).sum() / share
                     accelerator.backward(loss)
                 total += loss.detach() / world
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
@@ -135,7 +139,7 @@ def train(run) -> int:
                 values = meter.read()
                 shown = {"loss": values["loss"], "lr": lr} | log.rate(done, opts.batch_size)
                 log.metrics(done, values | shown)
-                stop.check_bad(values["bad_in_row"], run.folder)
+                stop.check_bad(values["bad_in_row"], log)
             if valid is not None and (done % opts.valid_every == 0 or ends):
                 raw, averaged = (
                     validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model)
@@ -149,7 +153,7 @@ def train(run) -> int:
                 log.metrics(done, score(ema.ema_model, process, share, dtype))
             if done % opts.save_every == 0 or ends or stops:
                 training_state.save(run, done, accelerator, net, ema, optimizer, meter, resolved=resolved)
-                log.say(f"saved       {run.folder / 'ckpt' / f'step{done:06d}'}")
+                log.saved(done)
             profile.step()
             log.progress(**shown)
             if stops and not ends:

@@ -42,10 +42,13 @@ def test_checkpoint_and_its_images_score_alike(tmp_path: Path, trained: Path, ca
 def test_sweep_skips_cells_that_are_done(tmp_path: Path, trained: Path, cache: list[str]) -> None:
     args = ["--weights", trained, *EVALUATE, *cache, "--metrics", "fid", "--n_samples", 70, "--out", "out"]
     run("evaluate_ddpm.py", *args, "--samplers", "ddim", "--skip_steps", 4, 2, cwd=tmp_path)
-    assert [row["label"] for row in rows(tmp_path / "out")] == ["ddim, 2 uniform steps", "ddim, 4 uniform steps"]
+    where = "; step000012 (EMA), seed 2022"
+    labels = [f"ddim, {steps} trailing steps{where}" for steps in (2, 4)]
+    assert [row["label"] for row in rows(tmp_path / "out")] == labels
+    assert (tmp_path / "out/score_vs_steps.png").exists()
     done = run("evaluate_ddpm.py", *args, "--samplers", "ddim", "fixed_large", "--skip_steps", 2, cwd=tmp_path)
-    assert "ddim, 2 uniform steps: already in" in done.stderr
-    assert [row["label"] for row in rows(tmp_path / "out")][2:] == ["fixed-large, 2 uniform steps"]
+    assert f"{labels[0]}: already in" in done.stderr
+    assert [row["label"] for row in rows(tmp_path / "out")][2:] == [f"fixed-large, 2 trailing steps{where}"]
     assert [set(row["scores"]) for row in rows(tmp_path / "out")] == [{"fid"}] * 3
 
 

@@ -22,10 +22,10 @@ from utils.data import load_splits
 from utils.data.image_set import ImageSet
 from utils.errors import InputError
 from utils.fidelity import fid, open_extractor, scores
-from utils.images import file_name, write_png
+from utils.images import file_name, read_png, write_png
 from utils.reference import features_of, open_reference
 from utils.results import Results, cell_id
-from utils.scoring import Scorer
+from utils.scoring import Scorer, check_count, folder_images
 
 CPU = torch.device("cpu")
 INCEPTION = "inception-v3-compat"
@@ -360,10 +360,11 @@ def test_cached_features_are_never_stale(digits, extractor, tmp_path):
 def test_a_damaged_classifier_file_is_made_again(digits, monkeypatch, tmp_path):
     monkeypatch.setattr(classifier, "N_STEPS", 2)
     first = classifier.trained(digits["train"], digits["test"], tmp_path, CPU)
-    whole = first.path.read_bytes()
-    first.path.write_bytes(whole[:100])
+    whole = {name: value.clone() for name, value in load_file(first.path).items()}  # not a view of the file
+    first.path.write_bytes(first.path.read_bytes()[:100])
     assert classifier.trained(digits["train"], digits["test"], tmp_path, CPU) == first
-    assert first.path.read_bytes() == whole
+    again = load_file(first.path)
+    assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 # References
@@ -372,16 +373,16 @@ def test_a_damaged_classifier_file_is_made_again(digits, monkeypatch, tmp_path):
 def test_a_reference_is_a_data_set_with_a_split(digits):
     data = data_options(valid_fraction=0.2)
     for text, n in (("digits", 1438), ("digits:train", 1438), ("digits:test", 359), ("digits:all", 1797)):
-        found = open_reference(text, data.copy(), 8, 1)
+        found = open_reference(text, data.copy(), {}, 8, 1)
         assert found.name == (text if ":" in text else "digits:train") and len(found.images) == n
         assert found.train.content_hash() == digits["train"].content_hash()
         assert found.test.content_hash() == digits["test"].content_hash()
 
 
 def test_a_reference_without_a_test_split_has_none():
-    assert open_reference("digits", data_options(), 8, 1).test is None
+    assert open_reference("digits", data_options(), {}, 8, 1).test is None
     with pytest.raises(InputError, match="no test split"):
-        open_reference("digits:test", data_options(), 8, 1)
+        open_reference("digits:test", data_options(), {}, 8, 1)
 
 
 @pytest.mark.parametrize("text, says", [
@@ -393,7 +394,7 @@ def test_a_reference_without_a_test_split_has_none():
 ])  # fmt: skip
 def test_a_reference_that_does_not_exist_says_what_would(text, says):
     with pytest.raises(InputError) as error:
-        open_reference(text, data_options(valid_fraction=0.2), 8, 1)
+        open_reference(text, data_options(valid_fraction=0.2), {}, 8, 1)
     assert all(part in str(error.value) for part in ["--reference", *says])
 
 
@@ -401,7 +402,7 @@ def test_a_folder_is_a_reference(tmp_path):
     for i, color in enumerate(("red", "blue", "green")):
         Image.new("RGB", (20, 10), color).save(tmp_path / f"{i}.png")
     data = data_options(valid_fraction=0.5)
-    found = open_reference(str(tmp_path), data, 8, 3)
+    found = open_reference(str(tmp_path), data, {}, 8, 3)
     assert len(found.images) == 3 and found.test is None and found.images[2].shape == (3, 8, 8)
     assert found.name == f"{tmp_path.name}:train" and data == data_options(valid_fraction=0.5)
 
@@ -409,13 +410,33 @@ def test_a_folder_is_a_reference(tmp_path):
 def test_another_data_set_takes_its_own_recipe_and_the_size_of_the_images(tmp_path):
     data = data_options(name="image_folder", root=str(tmp_path), image_size=16, channels=3)
     before = data.copy()
-    found = open_reference("digits:test", data, 16, 3)
+    found = open_reference("digits:test", data, {}, 16, 3)
     assert found.name == "digits:test" and found.images[0].shape == (3, 16, 16) and data == before
+
+
+def test_without_a_checkpoint_a_data_set_is_that_of_its_recipe_and_of_the_keys_given():
+    found = open_reference("digits", None, {}, 8, 1)
+    assert (len(found.train), len(found.test)) == (1617, 180)
+    found = open_reference("digits", None, {"data.valid_fraction": "0.5", "data.name": "cifar10"}, 8, 1)
+    assert (len(found.train), len(found.test)) == (899, 898)
+    with pytest.raises(InputError, match="elsewhere"):
+        open_reference("cifar10", data_options(), {"data.root": "elsewhere", "data.download": "false"}, 32, 3)
+
+
+def test_a_folder_to_score_keeps_its_size_and_colours(tmp_path):
+    Image.new("L", (8, 8), 7).save(tmp_path / "0.png")
+    assert folder_images(str(tmp_path)).channels == 1
+    Image.new("RGB", (8, 8), "gray").save(tmp_path / "1.png")
+    found = folder_images(str(tmp_path))
+    assert (found.channels, found.size, len(found)) == (3, 8, 2)
+    Image.new("RGB", (8, 6)).save(tmp_path / "2.png")
+    with pytest.raises(InputError, match=r"0\.png is 8x8, 2\.png 8x6"):
+        folder_images(str(tmp_path))
 
 
 def test_opening_a_reference_leaves_the_configuration_as_it_is():
     data = data_options()
-    assert open_reference("digits", data, 16, 3).images[0].shape == (3, 16, 16)
+    assert open_reference("digits", data, {}, 16, 3).images[0].shape == (3, 16, 16)
     assert data == data_options()
 
 
@@ -431,17 +452,22 @@ def scorer(digits, extractor):
 
 
 def test_too_few_images_are_refused_unless_forced(scorer, capsys):
-    scorer.check_count(64, False)
+    def check(n, force, real=scorer.reference):
+        check_count(n, scorer.extractor, real, force)
+
+    check(64, False)
     assert "@64" in "".join(capsys.readouterr())
     with pytest.raises(InputError, match=r"63 images.*64 dimensions.*--force"):
-        scorer.check_count(63, False)
-    scorer.check_count(63, True)
-    scorer.reference.images = scorer.reference.images.subset(torch.arange(63), "digits:train")
+        check(63, False)
+    check(63, True)
+    with pytest.raises(InputError, match=r"9 images.*at least 10"):
+        check(9, True)
+    few = SimpleNamespace(images=scorer.reference.images.subset(torch.arange(63), "digits:train"))
     with pytest.raises(InputError, match=r"reference digits:train.* 63 images"):
-        scorer.check_count(1000, False)
-    scorer.check_count(1000, True)
+        check(1000, False, few)
+    check(1000, True, few)
     capsys.readouterr()
-    scorer.check_count(10_000, True)
+    check(10_000, True)
     assert not "".join(capsys.readouterr())
 
 
@@ -452,22 +478,24 @@ def test_the_floor_is_the_score_of_real_training_images(scorer, digits, extracto
     expected = scores(METRICS, extractor, real, extractor([digits["test"].images]), 50)
     assert floor["floor"] == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert "300 of digits:train" in floor["floor_label"] and "digits:test (359)" in floor["floor_label"]
+    scorer.real_test, scorer.reference.test = None, digits["test"].subset(torch.arange(3), "digits:test")
+    assert scorer.floor(200) == {"floor": None, "floor_label": "test split of 3 images is too small"}
     scorer.reference.test = None
-    assert scorer.floor(300)["floor"] is None
+    assert scorer.floor(200) == {"floor": None, "floor_label": "no test split"}
 
 
 def test_an_evaluation_opens_with_the_classifier_of_its_reference(monkeypatch, tmp_path):
     monkeypatch.setattr(classifier, "N_STEPS", 5)
     recipe = config.read_yaml(Path(__file__).parent.parent / "configs" / "ddpm_digits.yaml")
     options = config.merge(("recipe", recipe), ("test", {"evaluate.cache_dir": str(tmp_path / "cache")}))
-    opened = Scorer.open(ALONE, options, "digits", None)
+    opened = Scorer.open(ALONE, options, "digits", 100)
     assert opened.test_accuracy is not None
     assert (len(opened.real["features"]), len(opened.real_test["features"])) == (1617, 180)
     names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
     assert names == ["dataset", "features", "features"]
     options.evaluate.feature_extractor_weights = "x.pth"
     with pytest.raises(InputError, match="trains its own"):
-        Scorer.open(ALONE, options, "digits", None)
+        Scorer.open(ALONE, options, "digits", 100)
 
 
 # Tables
@@ -476,7 +504,8 @@ def test_an_evaluation_opens_with_the_classifier_of_its_reference(monkeypatch, t
 def row(label, **more):
     values = {"fid": 1.25, "kid": 0.002, "kid_std": 0.0005, "precision": 0.75}
     base = {"id": label, "label": label, "reference": "digits:train", "extractor": classifier.NAME, "n": 500,
-            "protocol": {}, "seconds_per_image": 0.004, "scores": values,
+            "protocol": {"reference_sha256": "a", "extractor_weights_sha256": "b"},
+            "seconds_per_image": 0.004, "scores": values,
             "floor": {"fid": 0.5, "kid": 0.001, "precision": 0.9},
             "floor_label": "500 of digits:train against digits:test (180)"}  # fmt: skip
     return base | more
@@ -497,6 +526,15 @@ def test_adding_twice_keeps_both_rows(tmp_path):
     assert [found["label"] for found in again.rows] == ["ddim, 10 steps", "ddim, 20 steps"]
     assert again.find("ddim, 10 steps") == row("ddim, 10 steps") and again.find("nope") is None
     assert sorted(path.name for path in out.iterdir()) == ["report.md", "results.csv", "results.json"]
+
+
+def test_a_sweep_over_steps_is_drawn(tmp_path):
+    results = Results(tmp_path)
+    for steps in (10, 20):
+        source = {"sampler": "ddim", "timesteps": list(range(steps))}
+        assert not (tmp_path / "score_vs_steps.png").exists()
+        results.add(row(f"ddim-{steps}", protocol=row("")["protocol"] | {"source": source}))
+    assert read_png(tmp_path / "score_vs_steps.png").shape[0] in (3, 4)
 
 
 def test_the_csv_parses(tmp_path):

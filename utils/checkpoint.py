@@ -53,7 +53,7 @@ def _fsync(path: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """`write(temporary path)`, then put the file in place of `path` by one rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write(temporary)
     _fsync(temporary)
     os.replace(temporary, path)

@@ -94,11 +94,8 @@ def _check_train(config: DictConfig) -> None:
             f"train.batch_size = {train.batch_size} is the global batch and must divide evenly among the {world} "
             f"processes, such as {near}"
         )
-    if train.micro_batch is not None and train.micro_batch > train.batch_size // world:
-        raise InputError(
-            f"train.micro_batch = {train.micro_batch} is above one process's share of the batch, "
-            f"{train.batch_size // world}"
-        )
+    if train.micro_batch is not None and train.micro_batch > train.batch_size:
+        raise InputError(f"train.micro_batch = {train.micro_batch} is above train.batch_size = {train.batch_size}")
 
 
 def _check_sample(config: DictConfig) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor
 
 from utils.errors import InputError
@@ -30,8 +35,9 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks may generate for hours between two collectives
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **kwargs)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = world == 1 and not on_gpu()  # otherwise accelerate would take a Mac's GPU, which has no float64
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers, **kwargs)
     if world > 1 and accelerator.num_processes == 1:
         raise InputError(
             f"{world} processes were launched but each believes it is alone, because there is no GPU: "
@@ -71,6 +77,11 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
         return rows.cpu()
     parts = gather_object([rows.cpu()])
     return torch.cat([part for part in parts if len(part)] or parts)  # a process without rows knows no width
+
+
+def on_main(accelerator: Accelerator, value: bool) -> bool:
+    """What the main process thinks, on every process. A collective."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:

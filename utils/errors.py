@@ -9,6 +9,10 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what is wrong and what would be right."""
 
 
+class RankError(InputError):
+    """Wrong input that perhaps one process alone has met, which therefore says so itself."""
+
+
 class TrainingDiverged(Exception):
     """Too many updates in a row had a non-finite gradient; the message names the last good checkpoint."""
 
@@ -23,14 +27,17 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
 
     Each of these is one line on stderr, from the main process only. Anything else keeps its traceback.
     """
+    speaks = is_main_process()
     try:
         status, line = main(sys.argv[1:]), None
+    except RankError as error:
+        status, line, speaks = 2, f"error: {error}", True
     except InputError as error:
         status, line = 2, f"error: {error}"
     except TrainingDiverged as error:
         status, line = 1, f"stopped: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
-    if line and is_main_process():
+    if line and speaks:
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)

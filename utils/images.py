@@ -12,8 +12,9 @@ from torchvision.io import ImageReadMode, decode_image, encode_png
 from torchvision.utils import make_grid
 
 
-def grid(images: Tensor, n_columns: int | None = None, padding: int = 2) -> Tensor:
-    """uint8 [N, C, H, W] -> one uint8 picture [C, H', W'], near square unless n_columns says otherwise."""
+def grid(images: Tensor | list[Tensor], n_columns: int | None = None, padding: int = 2) -> Tensor:
+    """uint8 [N, C, H, W] (or a list of such images) -> one uint8 picture [C, H', W'], near square without n_columns."""
+    images = torch.stack(images) if isinstance(images, list) else images
     n_columns = n_columns or max(1, round(len(images) ** 0.5))
     picture = make_grid(images, nrow=n_columns, padding=padding, pad_value=255)
     return picture[:1] if images.shape[1] == 1 else picture  # make_grid turns gray into RGB

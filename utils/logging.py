@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import write_atomically
+from utils.checkpoint import folder_name, write_atomically
 from utils.images import enlarge, write_png
 
 
@@ -35,6 +35,11 @@ class RunLog:
         """A line on the terminal and, with the time, in train.log."""
         if self.main:
             tqdm.write(text, file=sys.stderr)
+        self.record(text)
+
+    def record(self, text: str) -> None:
+        """A line in train.log alone."""
+        if self.main:
             append_line(self.run / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
@@ -51,6 +56,12 @@ class RunLog:
             write_png(folder / f"step{step:06d}.png", enlarge(picture))
         for tracker in self.accelerator.trackers:
             tracker.log_images({"samples": picture[None].numpy()}, step=step)
+
+    def saved(self, step: int) -> None:
+        """Tell of a checkpoint, and draw the curves up to it."""
+        self.say(f"saved       {self.run / 'ckpt' / folder_name(step)}")
+        if self.main:
+            draw_curves(self.run)
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
         """Images per second since the last call."""
@@ -76,11 +87,9 @@ class RunLog:
         self.bar.update()
 
     def close(self) -> None:
-        """Finish the bar and the trackers, and draw curves.png."""
+        """Finish the bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
-        if self.main:
-            draw_curves(self.run)
         self.accelerator.end_training()
 
 

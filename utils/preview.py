@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from diffusions import GaussianDiffusion, generate
@@ -46,10 +45,3 @@ def validation_loss(
             total += process.loss(net, x0, t, eps).double().sum()
     net.train(training)
     return (accelerator.reduce(total, "sum") if accelerator.num_processes > 1 else total).item() / len(images)
-
-
-def training_score(accelerator: Accelerator, config: DictConfig):
-    """`train.evaluate_every`'s TrainingScore; torch-fidelity is imported only where a run asks for scores."""
-    from utils.training_score import TrainingScore
-
-    return TrainingScore(accelerator, config)

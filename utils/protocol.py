@@ -6,7 +6,7 @@ import platform
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from diffusions import GaussianDiffusion, time_grid
 from utils.checkpoint import sha256
@@ -20,12 +20,16 @@ def sampling_identity(
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
     return {
         "weights_sha256": sha256(weights.file),
+        "model": OmegaConf.to_container(config.model),
+        "shape": [config.data.channels, config.data.image_size, config.data.image_size],
+        "objective": process.objective,
         "sampler": options.sampler,
         "eta": options.eta,
         "clip_denoised": options.clip_denoised,
         "guidance_scale": options.guidance_scale,
         "skip_type": options.skip_type,
         "timesteps": grid.t[:-1].tolist(),
+        "alpha_bar": grid.alpha_bar[:-1].tolist(),
         "seed": seed,
         "precision": precision,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from utils import config as schema
 from utils.checkpoint import write_atomically
 from utils.data import SPLITS, join, load_splits
-from utils.data.batches import decode_all
+from utils.data.batches import decoded
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, share
 from utils.errors import InputError
@@ -36,28 +37,33 @@ class Reference:
         return self.images.name
 
 
-def open_reference(text: str, data: DictConfig, image_size: int, channels: int) -> Reference:
+def open_reference(
+    text: str, own: DictConfig | None, asked: dict[str, Any], image_size: int, channels: int
+) -> Reference:
     """`--reference NAME[:SPLIT]` (split train where left out, or test, all) or a folder of images.
 
-    `data` (the checkpoint's data section) is used for its own data set; another one takes its own recipe's.
+    own: the data section of the checkpoint, which holds for its own data set; another one takes its own recipe's.
+    asked: data.* keys given for this evaluation; they hold for any data set.
 
     Raises:
         InputError: neither a data set nor a folder, or a split that does not exist.
     """
-    data = data.copy()
     name, _, split = text.partition(":")
     names = schema.KEYS["data.name"].choices
+    asked = {key: value for key, value in asked.items() if key.startswith("data.") and key != "data.name"}
     if name.replace("-", "_") in names and name != "image_folder":
         name = name.replace("-", "_")
-        if data.name != name:
+        if own is not None and own.name == name:
+            data = own.copy()
+        else:
             recipe = CONFIGS / f"ddpm_{name}.yaml"
-            data = schema.merge((str(recipe), schema.read_yaml(recipe))).data if recipe.exists() else data
+            layers = [(str(recipe), schema.read_yaml(recipe))] if recipe.exists() else []
+            data = schema.merge(*layers, ("command line", asked)).data
             data.name = name
     elif Path(text).is_dir():
-        same = data.name == "image_folder" and Path(data.root).resolve() == Path(text).resolve()
-        split = ""
-        data.name, data.root = "image_folder", text
-        data.valid_fraction = data.valid_fraction if same else 0.0
+        same = own is not None and own.name == "image_folder" and Path(own.root).resolve() == Path(text).resolve()
+        data = own.copy() if same else schema.merge(("command line", asked)).data
+        data.name, data.root, split = "image_folder", text, ""
     else:
         hint = schema.nearest(name, names)
         raise InputError(f"--reference {text}: neither a folder nor one of {', '.join(names[:-1])}{hint}")
@@ -77,9 +83,8 @@ def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, acceler
     found = _read_cache(path)
     if all_agree(accelerator, found is not None):
         return found
-    pixels = decode_all(images)
-    mine = share(len(pixels), accelerator.process_index, accelerator.num_processes)
-    found = extractor([pixels[mine]])
+    mine = images.subset(share(len(images), accelerator.process_index, accelerator.num_processes), images.name)
+    found = extractor(decoded(mine))
     found = {layer: gather_rows(accelerator, value) for layer, value in found.items()}
     if accelerator.is_main_process:
         cache_dir.mkdir(parents=True, exist_ok=True)

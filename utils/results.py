@@ -37,12 +37,13 @@ class Results:
         return next((row for row in self.rows if row["id"] == identity), None)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row and write all three files."""
-        self.rows.append(row)
+        """Append a row and write all files; rows that another process has added meanwhile stay."""
+        self.rows = [*Results(self.out).rows, row]
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / "results.json", lambda p: p.write_text(json.dumps({"rows": self.rows}, indent=1)))
         write_atomically(self.out / "results.csv", lambda p: p.write_text(to_csv(self.rows)))
         write_atomically(self.out / "report.md", lambda p: p.write_text(report(self.rows)))
+        draw_sweep(self.rows, self.out / "score_vs_steps.png")
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
@@ -61,8 +62,9 @@ def report(rows: list[dict[str, Any]]) -> str:
     """One markdown table per reference, extractor and count, with the floor as its last row."""
     parts, groups = [], {}
     for row in rows:
-        groups.setdefault((row["reference"], row["extractor"], row["n"]), []).append(row)
-    for (reference, extractor, n), group in groups.items():
+        hashes = (row["protocol"]["reference_sha256"], row["protocol"]["extractor_weights_sha256"])
+        groups.setdefault((row["reference"], row["extractor"], row["n"], *hashes), []).append(row)
+    for (reference, extractor, n, *_), group in groups.items():
         names = [name for name in SCORES if any(name in row["scores"] for row in group)]
         title = f"**{', '.join(f'{name}[{extractor}]@{n}' for name in names)}** against {reference}\n"
         table = [["images", *names, "ms per image"]]
@@ -74,6 +76,34 @@ def report(rows: list[dict[str, Any]]) -> str:
             table.append([f"floor: {floor['floor_label']}", *(_number(floor["floor"], name) for name in names), ""])
         parts.append(title + "\n" + markdown(table))
     return "\n".join(parts)
+
+
+def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
+    """The first score over the number of sampling steps, a line per sampler; nothing for fewer than two step counts."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        source = row["protocol"].get("source", {})
+        if "timesteps" in source:
+            name, value = next((name, row["scores"][name]) for name in SCORES if name in row["scores"])
+            label = f"{name}[{row['extractor']}]@{row['n']}, {source['sampler']}"
+            lines.setdefault(label, []).append((len(source["timesteps"]), value))
+    if len({steps for points in lines.values() for steps, _ in points}) < 2:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points)), marker="o", label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("sampling steps")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
+    plt.close(figure)
 
 
 def _number(values: dict[str, float], name: str) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusions import SAMPLERS, build_process
 from utils import classifier, precision
 from utils.cli import say
-from utils.data.image_folder import find_images, load_folder, read_image
+from utils.data.image_folder import find_images, image_header, load_folder
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
@@ -31,17 +31,23 @@ FEW = 10_000  # below this many images FID is far from its value at 50,000
 
 
 def folder_images(path: str) -> ImageSet:
-    """The images below a folder as they are; all must have the size and mode of the first.
+    """The images below a folder as they are: gray where every file is, else RGB.
 
     Raises:
-        InputError: no folder, no image, or sizes that differ.
+        InputError: no folder, no image, an unreadable one, or sizes that differ or are not square.
     """
     paths = find_images(Path(path))
-    first = read_image(paths[0], 3)
-    if first.shape[1] != first.shape[2]:
-        raise InputError(f"--images {path}: {paths[0].name} is {first.shape[2]}x{first.shape[1]} pixels: not square")
-    channels = 1 if bool((first == first[:1]).all()) else 3
-    return load_folder(Path(path), first.shape[1], channels, Path(path).resolve().name)
+    headers = [(image, *image_header(image)) for image in paths]
+    first, (width, height), _ = headers[0]
+    for image, size, _ in headers:
+        if size != (width, height):
+            raise InputError(
+                f"--images {path}: sizes differ: {first.name} is {width}x{height}, {image.name} {size[0]}x{size[1]}"
+            )
+    if width != height:
+        raise InputError(f"--images {path}: {first.name} is {width}x{height} pixels: not square")
+    channels = 1 if all(is_gray for *_, is_gray in headers) else 3
+    return load_folder(Path(path), width, channels, Path(path).resolve().name)
 
 
 def generated_images(
@@ -50,7 +56,6 @@ def generated_images(
     """This process's share of the images 0..n-1, uint8 [b, C, H, W] at a time; says first what it will cost."""
     options = config.sample
     dtype = precision.DTYPES[precision.mixed_precision(options.mixed_precision)]
-    precision.set_determinism(precision.wants_determinism("auto"))
     net, process = load_network(weights, accelerator.device), build_process(config.diffusion)
     steps = options.skip_steps or process.total_steps
     mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
@@ -62,6 +67,22 @@ def generated_images(
         for batch in generate_fitting(net, process, options, mine, seed, micro_batch, dtype=dtype):
             bar.update(len(batch.indices))
             yield batch.images
+
+
+def check_count(n: int, extractor: Extractor, reference: Reference, force: bool) -> None:
+    """Raise InputError for fewer images than feature dimensions, unless forced; warn under 10,000."""
+    real = reference.images
+    dims = extractor.n_features(extractor([real[0][None]]))
+    for what, count in ((f"{n} images", n), (f"reference {real.name} of {len(real)} images", len(real))):
+        if count < FEWEST:
+            raise InputError(f"{what}: wanted at least {FEWEST}, the splits of IS and the neighbours of precision")
+        if count < dims and not force:
+            raise InputError(
+                f"{what}: fewer than the {dims} dimensions of {extractor.name}, so that FID has no meaning; "
+                "--force scores all the same"
+            )
+    if n < FEW:
+        say(f"note: scores of {n:,} images are not comparable with those of 50,000; they are reported as @{n}")
 
 
 @dataclass
@@ -79,16 +100,31 @@ class Scorer:
     floors: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, accelerator, config: DictConfig, reference: str, images: ImageSet | None) -> Scorer:
+    def open(
+        cls,
+        accelerator,
+        config: DictConfig,
+        reference: str,
+        n: int,
+        images: ImageSet | None = None,
+        asked: dict[str, Any] | None = None,
+        force: bool = False,
+    ) -> Scorer:
         """Load the reference, make the extractor (training the classifier if need be), extract real features.
 
+        config: the checkpoint's, or the one asked for where `images` are scored; n: how many images that will be.
+        asked: data.* keys given for this evaluation, which also hold for a reference that is another data set.
+        force: go on where there are fewer images than feature dimensions.
+
         Raises:
-            InputError: a reference or weights that can't be used.
+            InputError: a reference, weights or counts that can't be used; told before features are extracted.
         """
         options, cache = config.evaluate, Path(config.evaluate.cache_dir)
         size = images.size if images is not None else config.data.image_size
         channels = images.channels if images is not None else config.data.channels
-        found = open_reference(reference, config.data, size, channels)
+        own = config.data if images is None else None
+        with main_process_first(accelerator):  # one downloads
+            found = open_reference(reference, own, asked or {}, size, channels)
         path, accuracy = options.feature_extractor_weights, None
         if options.feature_extractor == classifier.NAME:
             if path is not None:
@@ -102,26 +138,14 @@ class Scorer:
             extractor = open_extractor(
                 options.feature_extractor, path, list(options.metrics), options.batch_size, accelerator.device
             )
-        for_floor = [found.train, found.test] if found.test is not None else [None, None]
+        check_count(n, extractor, found, force)
+        has_floor = found.test is not None and len(found.test) >= FEWEST
+        for_floor = [found.train, found.test] if has_floor else [None, None]
         real, train, test = (
             None if images is None else features_of(images, extractor, cache, accelerator)
             for images in (found.images, *for_floor)
         )
         return cls(accelerator, config, found, extractor, real, train, test, accuracy)
-
-    def check_count(self, n: int, force: bool) -> None:
-        """Raise InputError for fewer images than feature dimensions, unless forced; warn under 10,000."""
-        dims, n_real = self.extractor.n_features(self.real), len(self.reference.images)
-        for what, count in ((f"{n} images", n), (f"reference {self.reference.name} of {n_real} images", n_real)):
-            if count < FEWEST:
-                raise InputError(f"{what}: wanted at least {FEWEST}, the splits of IS and the neighbours of precision")
-            if count < dims and not force:
-                raise InputError(
-                    f"{what}: fewer than the {dims} dimensions of {self.extractor.name}, so that FID has no meaning; "
-                    "--force scores all the same"
-                )
-        if n < FEW:
-            say(f"note: scores of {n:,} images are not comparable with those of 50,000; they are reported as @{n}")
 
     def features(self, batches: Iterable[Tensor]) -> Features:
         """Features of all processes' images, in the order of their indices. A collective."""
@@ -130,8 +154,10 @@ class Scorer:
 
     def floor(self, n: int) -> dict[str, Any]:
         """The score of real training images, as many as were generated, against the test split; None without one."""
-        if self.reference.test is None:
-            return {"floor": None, "floor_label": "no test split"}
+        if self.real_test is None:
+            test = self.reference.test
+            label = "no test split" if test is None else f"test split of {len(test)} images is too small"
+            return {"floor": None, "floor_label": label}
         if n not in self.floors:
             count = min(n, len(self.reference.train))
             rows = torch.arange(count) * len(self.reference.train) // count
@@ -147,10 +173,11 @@ class Scorer:
         """What a row of the table is about."""
         if weights is None:
             return str(options.images)
+        origin = f"{weights.file.parent.name} ({weights.kind}), seed {options.seed}"
         sample = config.sample
         eta = f", eta {sample.eta:g}" if sample.eta else ""
         steps = sample.skip_steps or config.diffusion.total_steps
-        return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}"
+        return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}; {origin}"
 
     def protocol(self, config: DictConfig, weights, options, images: ImageSet | None, n: int) -> dict[str, Any]:
         """Everything that the scores of a cell depend on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -37,11 +36,13 @@ class StopRule:
         if self.accelerator.scaler is None:
             optimizer.optimizer.found_inf = bad.reshape(())
 
-    def check_bad(self, bad_in_row: int, run: Path) -> None:
-        """Raise TrainingDiverged after train.max_bad_steps non-finite gradients in a row."""
+    def check_bad(self, bad_in_row: int, log) -> None:
+        """Tell train.log and raise TrainingDiverged after train.max_bad_steps non-finite gradients in a row."""
         if bad_in_row >= self.max_bad_steps:
-            raise TrainingDiverged(
+            why = (
                 f"{bad_in_row} updates in a row had a non-finite gradient "
-                f"(train.max_bad_steps = {self.max_bad_steps}); the last good checkpoint in {run} is untouched: "
+                f"(train.max_bad_steps = {self.max_bad_steps}); the last good checkpoint in {log.run} is untouched: "
                 "lower train.lr or use another precision"
             )
+            log.record(f"stopped     {why}")
+            raise TrainingDiverged(why)

@@ -23,10 +23,11 @@ class TrainingScore:
         config = config.copy()
         config.evaluate.metrics, config.evaluate.feature_extractor = ["fid"], classifier.NAME
         config.evaluate.feature_extractor_weights = None
-        reference = str(Path(config.data.root)) if config.data.name == "image_folder" else config.data.name
-        self.scorer = Scorer.open(accelerator, config, reference, None)
+        is_folder = config.data.name == "image_folder"
+        reference = str(Path(config.data.root).resolve()) if is_folder else config.data.name
+        config.data.root = reference if is_folder else config.data.root
         self.n, self.options = config.train.n_evaluate, config.sample
-        self.scorer.check_count(self.n, force=False)
+        self.scorer = Scorer.open(accelerator, config, reference, self.n)
 
     def __call__(self, net: nn.Module, process: GaussianDiffusion, micro_batch: int, dtype) -> dict[str, float]:
         """{"fid[dataset-classifier]@N": value}. A collective; the value is that of the main process."""

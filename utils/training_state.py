@@ -28,7 +28,6 @@ def save(
         "meter": meter.state(),
         "ema": {"step": int(ema.step), "initted": bool(ema.initted)},
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "processes": accelerator.num_processes,
         **more,
     }
     if accelerator.is_main_process:
@@ -55,6 +54,8 @@ def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, op
         optimizer.load_state_dict(checkpoint.read_optimizer(folder))
     except Exception as error:
         raise InputError(f"{folder / 'optimizer.pt'} can't be loaded: {error}") from None
+    for parameter, held in optimizer.state.items():  # fused kernels pair memory by position: take the weights' layout
+        held |= {n: torch.empty_like(parameter).copy_(v) for n, v in held.items() if v.shape == parameter.shape}
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from diffusions.noise import permutation, randint
 from utils.data.image_set import ImageSet
-from utils.errors import InputError
+from utils.errors import InputError, RankError
 
 # Which draw of a training example is what; sampling uses draws from 0 up with its own seed.
 DRAW_EPS, DRAW_T, DRAW_FLIP, DRAW_ORDER = 0, 1, 2, 2**31
@@ -123,7 +123,8 @@ class Batches:
                 collate_fn=_stack,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # its own, or iterating would draw from torch's
-            )
+            ),
+            RankError,  # the unreadable image may be in this process's share alone
         )
 
 
@@ -147,16 +148,21 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
     return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
 
 
-def _checked(batches) -> Iterator[Tensor]:
+def _checked(batches, error: type[InputError] = InputError) -> Iterator[Tensor]:
     for batch in batches:
         if isinstance(batch, str):
-            raise InputError(batch)
+            raise error(batch)
         yield batch
 
 
-def decode_all(images: ImageSet, num_workers: int = 0) -> Tensor:
-    """uint8 [N, C, H, W] of the whole set, decoded by worker processes where it lies in files."""
+def decoded(images: ImageSet, num_workers: int = 0) -> Iterator[Tensor]:
+    """uint8 [b, C, H, W] batches of the whole set in order, decoded by worker processes where it lies in files."""
     if images.images is not None:
-        return images.images
+        return iter(images.images.split(64))
     loader = DataLoader(_Reader(images), 64, num_workers=num_workers, collate_fn=_stack, generator=torch.Generator())
-    return torch.cat(list(_checked(loader)))
+    return _checked(loader)
+
+
+def decode_all(images: ImageSet, num_workers: int = 0) -> Tensor:
+    """uint8 [N, C, H, W] of the whole set."""
+    return images.images if images.images is not None else torch.cat(list(decoded(images, num_workers)))

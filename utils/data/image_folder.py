@@ -47,6 +47,15 @@ def read_image(path: Path | str, channels: int) -> Tensor:
     return to_channels(pixels, channels)
 
 
+def image_header(path: Path) -> tuple[tuple[int, int], bool]:
+    """((width, height), whether it is gray) without decoding the pixels. Raises InputError for no image."""
+    try:
+        with Image.open(path) as image:
+            return image.size, image.mode in ("1", "L", "I", "I;16", "I;16B")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} can't be read: {error}") from None
+
+
 class FolderSet(ImageSet):
     """Images that are read from their files one at a time, resized and cut to size."""
 
@@ -112,6 +121,10 @@ def load_image_folder(options) -> dict[str, ImageSet]:
     """{"train": ...}, and "test" where data.root holds just a train and a test (or val, valid, validation) folder."""
     root = Path(options.root)
     children = sorted(child.name for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
+    if len(children) > 2 and "train" in children and all(child in SPLITS for child in children):
+        raise InputError(
+            f"data.root {root} holds the splits {', '.join(children)}: keep train and one other, or name one of them"
+        )
     if len(children) == 2 and "train" in children and all(child in SPLITS for child in children):
         folders = {SPLITS[child]: root / child for child in children}
     else:
