@@ -5,7 +5,7 @@
 
 Images are generated in memory, split over the processes, and scored as uint8. Beside every score stands its floor: the
 score that as many real training images get against the test split. OUT holds results.json, results.csv and report.md;
-cells that are already in it are not computed again.
+cells that are already in it are not computed again. Of the configuration, train.* has no effect here.
 """
 
 import sys
@@ -24,7 +24,7 @@ ALIASES = {
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(("data", "model", "diffusion", "sample", "evaluate"), description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
     parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
     parser.add_argument("--images", metavar="DIR", help="score this folder instead (every image below it)")
@@ -103,7 +103,8 @@ def evaluate(options, cfg, weights, cells: list[dict[str, str]], data_keys: dict
     from utils.scoring import Scorer, folder_images, generated_images
 
     accelerator = distributed.start()
-    precision.set_determinism(precision.wants_determinism("auto"))
+    exact = precision.mixed_precision(cfg.sample.mixed_precision) == "no"
+    precision.set_determinism(precision.wants_determinism("auto"), tf32=not exact)
     results = Results(Path(options.out or default_out(options, weights)))
     images = folder_images(options.images) if options.images else None
     n = len(images) if options.images else cfg.evaluate.n_samples

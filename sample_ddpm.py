@@ -4,7 +4,7 @@
 
 Writes OUT/000000.png, ..., OUT/protocol.json and beside the folder OUT-grid.png. Image i depends on the weights, the
 sampling options, --seed and i alone: not on --micro_batch, the number of processes, or interruptions; the same command
-goes on where it stopped.
+goes on where it stopped. Of the configuration, train.* and evaluate.* have no effect here.
 
 modes:
   sample       one image per file
@@ -23,7 +23,7 @@ ALIASES = {name: f"sample.{name}" for name in ("sampler", "skip_type", "skip_ste
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(("data", "model", "diffusion", "sample"), description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
     parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
     parser.add_argument("--n_samples", type=cli.positive, metavar="N", help="images in the folder when all is done")
@@ -96,7 +96,7 @@ def sample(options, weights, n_frames: int) -> int:
     accelerator = distributed.start()
     cfg, folder = weights.config, Path(options.save_dir).resolve()
     precision_name = precision.mixed_precision(cfg.sample.mixed_precision)
-    precision.set_determinism(precision.wants_determinism("auto"))
+    precision.set_determinism(precision.wants_determinism("auto"), tf32=precision_name != "no")
     process = build_process(cfg.diffusion)
     identity = sampling_identity(weights, cfg, process, options.seed, precision_name)
     identity |= {"mode": options.mode, "frames": n_frames}

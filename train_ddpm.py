@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(("seed", "data", "model", "diffusion", "train", "sample", "evaluate"), description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("-c", "--config", metavar="CONFIG", help="YAML file (default: configs/ddpm_digits.yaml)")
     parser.add_argument("-e", "--exp_dir", metavar="EXP_DIR", help="run folder (default: runs/exp-{time})")
     parser.add_argument(

@@ -18,12 +18,12 @@ LAUNCHER = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "WORLD_SIZE", "RANK", "LO
 SCRIPTS = {  # name -> sections whose keys its help lists, its own options
     "train_ddpm.py": ("seed data model diffusion train sample evaluate", "-c -e -r --print_config"),
     "sample_ddpm.py": (
-        "data model diffusion sample",
+        "data model diffusion train sample evaluate",
         "-c --weights --n_samples --save_dir --seed --load_ema --sampler --var_type --skip_type --skip_steps --eta "
         "--micro_batch --mode --n_denoise --n_progressive --print_config",
     ),
     "evaluate_ddpm.py": (
-        "data model diffusion sample evaluate",
+        "data model diffusion train sample evaluate",
         "-c --weights --images --reference --n_samples --metrics --samplers --skip_steps --feature_extractor "
         "--feature_extractor_weights --out --force --print_config",
     ),

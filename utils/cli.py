@@ -13,16 +13,15 @@ from utils.errors import InputError, is_main_process
 class Parser(argparse.ArgumentParser):
     """argparse that reports an error as one InputError line and lists the config keys in its help."""
 
-    def __init__(self, sections: tuple[str, ...], **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.sections = sections
         self.add_argument("--print_config", action="store_true", help="print the merged configuration and exit")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
     def format_help(self) -> str:
-        return super().format_help() + "\n" + keys_help(self.sections)
+        return super().format_help() + "\n" + keys_help(own={action.dest for action in self._actions})
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         """(the script's options, {dotted key: raw text}). Raises InputError for anything that is neither."""
@@ -55,13 +54,13 @@ def _is_key(name: str) -> bool:
     return "." in name or "[" in name or name in KEYS
 
 
-def keys_help(sections: tuple[str, ...]) -> str:
-    """Every config key of the given sections with its type, default and documentation."""
+def keys_help(own: set[str]) -> str:
+    """Every config key with its type, default and documentation, but those that are a script's own options."""
     lines = [
         "config keys (--key VALUE or --key=VALUE; lists as [1,2,3], one entry as --key[0] VALUE, nothing as null):"
     ]
     for info in KEYS.values():
-        if info.name.partition(".")[0] in sections:
+        if info.name not in own:
             kind = info.type_name + (f", {info.range_name}" if info.range_name else "")
             default = "null" if info.default is None else info.default
             lines += [f"  --{info.name}", f"        {info.doc}", f"        {kind} (default: {default})"]

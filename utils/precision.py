@@ -75,12 +75,12 @@ def wants_determinism(asked: str) -> bool:
     return not on_gpu() if asked == "auto" else asked == "true"
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Make every operation repeat bit for bit, or let the fastest one be chosen. TF32 is on in either case."""
+def set_determinism(deterministic: bool, tf32: bool = True) -> None:
+    """Make every operation repeat bit for bit, or let the fastest one be chosen; TF32 for float32 products on GPUs."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time; nothing here reads such memory
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
