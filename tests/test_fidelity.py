@@ -39,15 +39,6 @@ def data_options(**keys):
     return config.merge(("test", {f"data.{name}": value for name, value in keys.items()})).data
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small networks on a busy machine: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def few_classifier_steps(monkeypatch):
     monkeypatch.setattr(classifier, "N_STEPS", 30)

@@ -21,15 +21,6 @@ OPTIONS = SimpleNamespace(sampler="ddim", skip_type="uniform", skip_steps=STEPS,
 INDICES = [*range(14), 2**33, 2**33 + 1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors this small, threads only wait for each other; where the cores are busy, for seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def options(**changes):
     return SimpleNamespace(**{**vars(OPTIONS), **changes})
 

@@ -14,15 +14,6 @@ from diffusions.noise import permutation, philox, randint, randn, random_words
 BIG_SEED, BIG_INDEX = 0xFEDCBA9876543210, 0x0123456789ABCDEF
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors this small, threads only wait for each other; where the cores are busy, for seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def python_philox(counter, key):
     """Philox4x32-10 as in Salmon et al. 2011, on Python integers of any size."""
     (x0, x1, x2, x3), (k0, k1) = counter, key

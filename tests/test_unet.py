@@ -17,15 +17,6 @@ SMALL = {"image_size": 16, "dim": 32, "dim_mults": (1, 2, 2), "attn_resolutions"
 TINY = {"dim": 8, "dim_mults": (1, 2), "attn_resolutions": (4,), "num_res_blocks": 1, "norm_groups": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors this small, threads only wait for each other; where the cores are busy, for seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomised(network, seed=0):
     """Every parameter random, the near-zero and the zero ones too, at a scale that keeps the output of order 1."""
     generator = torch.Generator().manual_seed(seed)
