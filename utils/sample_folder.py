@@ -31,7 +31,7 @@ def check_folder(folder: Path, identity: dict[str, Any]) -> None:
         stored = dict(json.loads((folder / PROTOCOL).read_text())[IDENTITY])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"--save_dir {folder}: its {PROTOCOL} can't be read: choose another folder") from None
-    different = [name for name in sorted(identity.keys() | stored.keys()) if identity.get(name) != stored.get(name)]
+    different = [name for name in dict.fromkeys([*identity, *stored]) if identity.get(name) != stored.get(name)]
     if different:
         name = different[0]
         raise InputError(
