@@ -15,7 +15,6 @@ from utils import config, constraints
 from utils.cli import Parser
 from utils.errors import InputError
 
-SECTIONS = ("seed", "data", "model", "diffusion", "train", "sample", "evaluate")
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 DIGITS = ROOT / "configs" / "ddpm_digits.yaml"
 
@@ -27,7 +26,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def from_words(*argv: str):
-    return config.merge(("command line", Parser(SECTIONS).parse(list(argv))[1]))
+    return config.merge(("command line", Parser().parse(list(argv))[1]))
 
 
 def from_text(text: str | bytes, folder: Path):
@@ -128,7 +127,7 @@ def test_yaml_is_understood(tmp_path: Path, text: str, name: str, expected) -> N
 def test_precedence_is_schema_then_yaml_then_override(tmp_path: Path) -> None:
     (tmp_path / "given.yaml").write_text("train: {lr: 0.5, n_steps: 9}\nmodel: {dim_mults: [3, 3]}\n")
     layers = [("given.yaml", config.read_yaml(tmp_path / "given.yaml"))]
-    layers.append(("command line", Parser(SECTIONS).parse(["--train.lr", "0.25", "--model.dim_mults[1]=4"])[1]))
+    layers.append(("command line", Parser().parse(["--train.lr", "0.25", "--model.dim_mults[1]=4"])[1]))
     merged = config.merge(*layers)
     assert (merged.train.lr, merged.train.n_steps, merged.train.batch_size) == (0.25, 9, 128)
     assert list(merged.model.dim_mults) == [3, 4]
