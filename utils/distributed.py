@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -31,6 +32,8 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
             "which splits a process's share of train.batch_size"
         )
     use_all_cores()
+    # Of 1x1 convolutions, whose strides along sides of length 1 mean nothing; said twice per process otherwise.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     handlers = [
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks may generate for hours between two collectives
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
