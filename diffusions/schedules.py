@@ -55,6 +55,11 @@ def cumulative_alpha(betas: Tensor) -> Tensor:
     return torch.cumprod(1 - betas.double(), dim=0)
 
 
+def half_log_snr(alpha_bar: Tensor) -> Tensor:
+    """lambda = log(alpha / sigma) = log(alpha_bar / (1 - alpha_bar)) / 2, -inf to inf (Lu et al. 2022, section 2)."""
+    return (alpha_bar.log() - torch.log1p(-alpha_bar)) / 2
+
+
 def rescale_zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first is kept (Lin et al. 2024, algorithm 1)."""
     root = alpha_bar.sqrt()
@@ -82,6 +87,19 @@ def linspace_steps(alpha_bar: Tensor, S: int) -> Tensor:
     return torch.from_numpy(np.linspace(0, len(alpha_bar) - 1, S).round().astype(np.int64))
 
 
+def logsnr_steps(alpha_bar: Tensor, S: int) -> Tensor:
+    """Evenly spaced in lambda, the half log SNR, from T - 1 to 0, rounded (Lu et al. 2022, section 3.4).
+
+    Where lambda of T - 1 is -inf, the rest is spaced from the finite one before it.
+    """
+    T, lambdas = len(alpha_bar), half_log_snr(alpha_bar).numpy()
+    lowest = lambdas[np.isfinite(lambdas)].min() if T > 1 else 0.0
+    wanted = np.linspace(lambdas[0], lowest, S)
+    t = np.interp(wanted, lambdas.clip(min=lowest)[::-1], np.arange(T)[::-1]).round().astype(np.int64)
+    t[-1] = T - 1
+    return torch.from_numpy(t)
+
+
 def strictly_ascending(t: Tensor, T: int) -> Tensor:
     """Remove duplicates from ascending timesteps by the smallest shifts, keeping the count and 0 <= t < T."""
     values, S = t.tolist(), len(t)
@@ -103,6 +121,7 @@ SKIP_TYPES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "quad": _strict(quad_steps),
     "trailing": _strict(trailing_steps),
     "linspace": _strict(linspace_steps),
+    "logsnr": _strict(logsnr_steps),
 }
 
 

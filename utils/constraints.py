@@ -8,7 +8,10 @@ from omegaconf import DictConfig
 
 from utils.errors import InputError
 
-TAKES_ETA = ("ddim",)  # a test holds this equal to the registry of samplers
+# What the registry of samplers says, without torch; a test holds the two equal.
+TAKES_ETA = ("ddim",)
+NEEDS_VARIANCE = ("learned-range",)
+STOCHASTIC = ("fixed-large", "fixed-small", "learned-range")
 
 
 def check(config: DictConfig, training: bool = True) -> None:
@@ -105,6 +108,11 @@ def _check_sample(config: DictConfig) -> None:
         raise InputError(
             f"sample.eta = {sample.eta:g}: the sampler {sample.sampler} ignores eta; "
             f"it belongs to {', '.join(TAKES_ETA)}"
+        )
+    if sample.sampler in NEEDS_VARIANCE and not config.diffusion.learn_variance:
+        raise InputError(
+            f"sample.sampler = {sample.sampler}: needs a network that predicts its variance, trained with "
+            "diffusion.learn_variance = true; this one has none: use fixed-large or fixed-small"
         )
     if sample.guidance_scale != 1:
         raise InputError(
