@@ -61,7 +61,7 @@ def ddim(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn, *, eta: floa
 
 
 def heun(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator[Step]:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1 without churn) on DDIM's ODE (Song et al. 2021, eq. 14).
+    """Heun's second-order method (Karras et al. 2022, algorithm 1) on DDIM's ODE (Song et al. 2021, eq. 14).
 
     That ODE is d(x / sqrt(alpha_bar)) = eps d(sigma) with sigma = sqrt((1 - alpha_bar) / alpha_bar); its Euler step is
     DDIM's. Steps from alpha_bar = 0, where sigma is infinite, and to the data are Euler's.
@@ -69,7 +69,7 @@ def heun(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator[
     for t, t_prev, ab, ab_prev in grid:
         x0, eps, _ = denoise(x, t)
         euler = ab_prev**0.5 * x0 + (1 - ab_prev) ** 0.5 * eps
-        if 0 < ab and ab_prev < 1:
+        if ab > 0 and ab_prev < 1:
             sigma, sigma_prev = ((1 - ab) / ab) ** 0.5, ((1 - ab_prev) / ab_prev) ** 0.5
             eps_prev = denoise(euler, t_prev).eps
             x = ab_prev**0.5 * (x / ab**0.5 + (sigma_prev - sigma) * (eps + eps_prev) / 2)
@@ -99,14 +99,14 @@ def unipc(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator
     The network's evaluation at the end of a step first corrects that step (UniC-2), then drives the next one (UniP-2).
     """
     lambdas = half_log_snr(grid.alpha_bar).tolist()
+    euler, x0_last, slope, weight, h = x, x, x, 0.0, 0.0  # of the step before: not read at the first
     for i, (t, _, ab, ab_prev) in enumerate(grid):
         x0 = denoise(x, t).x0
         if i > 0:
             change = x0 - x0_last
             of_slope, of_change = (0.0, 0.5) if i == 1 else unic_weights(h, h_last)
             x = euler + weight * (of_slope * slope + of_change * change)
-        h_last = h if i > 0 else math.inf  # before the first step nothing is known, as if far away
-        h = lambdas[i + 1] - lambdas[i]
+        h_last, h = h, lambdas[i + 1] - lambdas[i]
         slope = change * (h / h_last) if i > 0 and ab_prev < 1 else torch.zeros_like(x)  # of x0 over the coming step
         weight = -(ab_prev**0.5) * math.expm1(-h)
         euler = ((1 - ab_prev) / (1 - ab)) ** 0.5 * x + weight * x0
