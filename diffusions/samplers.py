@@ -99,7 +99,8 @@ def unipc(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator
     The network's evaluation at the end of a step first corrects that step (UniC-2), then drives the next one (UniP-2).
     """
     lambdas = half_log_snr(grid.alpha_bar).tolist()
-    euler, x0_last, slope, weight, h = x, x, x, 0.0, 0.0  # of the step before: not read at the first
+    euler = x0_last = slope = x  # of the step before: not read at the first
+    weight = h = h_last = 0.0
     for i, (t, _, ab, ab_prev) in enumerate(grid):
         x0 = denoise(x, t).x0
         if i > 0:
