@@ -1,6 +1,7 @@
 """From indices to images: one lazy iterable for the PNG writer, the scores and the training previews."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from diffusions.noise import randn
 from diffusions.pixels import to_uint8
 from diffusions.process import GaussianDiffusion, Prediction
-from diffusions.samplers import SAMPLERS, Denoise, Step
-from diffusions.schedules import time_grid
+from diffusions.samplers import SAMPLERS, Denoise, Randn, Step
+from diffusions.schedules import TimeGrid, time_grid
 
 
 class Batch(NamedTuple):
@@ -19,6 +20,15 @@ class Batch(NamedTuple):
     indices: Tensor  # [b] int64, which images these are
     images: Tensor  # [b, C, H, W] uint8, on the CPU
     frames: Tensor | None = None  # [b, F, C, H, W] uint8, moments along the way, from the noise to the data
+
+
+# (sampler, denoise, indices [b], grid, randn) -> steps: where images start, and how the sampler takes them on.
+Walk = Callable[[Callable[..., Iterator[Step]], Denoise, Tensor, TimeGrid, Randn], Iterator[Step]]
+
+
+def from_noise(sampler, denoise: Denoise, indices: Tensor, grid: TimeGrid, randn: Randn) -> Iterator[Step]:
+    """The plain walk: x_T is each image's first draw."""
+    return sampler(denoise, randn(), grid, randn)
 
 
 def denoiser(
@@ -44,6 +54,7 @@ def trajectory(
     seed: int,
     cond: dict | None = None,
     dtype: torch.dtype | None = None,
+    walk: Walk = from_noise,
 ) -> Iterator[Step]:
     """Every step of the images `indices` [b], as one batch. Arguments as in `generate`."""
     device = next(model.parameters()).device
@@ -55,7 +66,8 @@ def trajectory(
 
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
     denoise = denoiser(model, process, options.clip_denoised, dtype, cond)
-    yield from SAMPLERS[options.sampler](denoise, next_draw(), grid, next_draw, eta=options.eta)
+    sampler = partial(SAMPLERS[options.sampler], eta=options.eta)
+    yield from walk(sampler, denoise, indices, grid, next_draw)
 
 
 def generate(
@@ -69,6 +81,7 @@ def generate(
     dtype: torch.dtype | None = None,
     n_frames: int = 0,
     view: str = "x",
+    walk: Walk = from_noise,
 ) -> Iterator[Batch]:
     """Generate the images `indices`, `micro_batch` at a time.
 
@@ -83,12 +96,16 @@ def generate(
         dtype: autocast precision of the network; None: float32.
         n_frames: also return that many moments along the way, evenly spaced, the last one the image.
         view: what frames show: "x" (x_t) or "x0" (its prediction).
+        walk: where the images start and how the sampler takes them on; the default starts at noise.
 
     Raises:
-        ValueError: an unknown sampler or skip type, skip_steps outside 1..T, more frames than steps.
+        ValueError: an unknown sampler or skip type, skip_steps outside 1..T, more frames than steps, a sampler that
+            needs a learned variance without one.
     """
     if options.sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {options.sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+    if SAMPLERS[options.sampler].needs_variance and not process.learn_variance:
+        raise ValueError(f"{options.sampler} needs a network that predicts its variance")
     steps = len(time_grid(process.alpha_bar, options.skip_type, options.skip_steps))
     if n_frames > steps:
         raise ValueError(f"{n_frames} frames were asked of {steps} sampling steps")
@@ -98,7 +115,7 @@ def generate(
         chosen = indices[rows]
         rows_cond = {name: value[rows.to(value.device)] for name, value in (cond or {}).items()}
         frames = []
-        for i, step in enumerate(trajectory(model, process, options, chosen, seed, rows_cond, dtype)):
+        for i, step in enumerate(trajectory(model, process, options, chosen, seed, rows_cond, dtype, walk)):
             if i in kept:
                 frames.append(to_uint8(getattr(step, view)).cpu())
         images = to_uint8(step.x).cpu()

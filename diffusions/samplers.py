@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusions.posterior import posterior
 from diffusions.process import Prediction
 from diffusions.schedules import TimeGrid, half_log_snr
 
@@ -36,16 +37,13 @@ def ancestral(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn, *, vari
     in log space by the network's own fraction (Nichol and Dhariwal 2021, eq. 15).
     """
     for t, _, ab, ab_prev in grid:
-        alpha = ab / ab_prev
-        beta = 1 - alpha
+        large = 1 - ab / ab_prev
+        of_x0, of_x, small = posterior(ab, ab_prev)
         x0, _, var_frac = denoise(x, t)
-        x = ab_prev**0.5 * beta / (1 - ab) * x0 + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x
+        x = of_x0 * x0 + of_x * x
         if ab_prev < 1:
-            small_share = (1 - ab_prev) / (1 - ab)  # posterior variance / beta_t
-            share = (
-                small_share ** (1 - var_frac) if variance == "learned" else 1.0 if variance == "large" else small_share
-            )
-            x = x + (beta * share) ** 0.5 * randn()
+            sigma2 = {"large": large, "small": small}.get(variance)
+            x = x + (small * (large / small) ** var_frac if sigma2 is None else sigma2) ** 0.5 * randn()
         yield Step(t, x, x0)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import numpy as np
 import torch
@@ -140,6 +141,20 @@ class TimeGrid:
 
     def __len__(self) -> int:
         return len(self.t) - 1
+
+    def __str__(self) -> str:
+        """A line per step: t and alpha_bar at both ends, and lambda = log(alpha / sigma) at its start."""
+        lines = ["step     t  t_prev  alpha_bar_t   alpha_bar_prev  lambda"]
+        for i, ((t, t_prev, ab, ab_prev), lam) in enumerate(zip(self, half_log_snr(self.alpha_bar).tolist()), 1):
+            lines.append(f"{i:4} {t:5} {t_prev:7}  {ab:<12.6g}  {ab_prev:<14.6g}  {lam:.4f}")
+        return "\n".join(lines)
+
+    def steps(self) -> Iterator["TimeGrid"]:
+        """Each step as a grid of its own, which ends at the next timestep instead of the data."""
+        for i in range(len(self)):
+            one = copy(self)
+            one.t, one.alpha_bar = self.t[i : i + 2], self.alpha_bar[i : i + 2]
+            yield one
 
     def __iter__(self) -> Iterator[tuple[int, int, float, float]]:
         """(t, t_prev, alpha_bar_t, alpha_bar_prev) as Python numbers, from the noise to the data."""

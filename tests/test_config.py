@@ -89,6 +89,8 @@ GOOD_WORDS = [
     (["--data.random_flip", "False"], "data.random_flip", False),
     (["--sample.sampler", "fixed_large"], "sample.sampler", "fixed-large"),
     (["--sample.sampler", "fixed-large"], "sample.sampler", "fixed-large"),
+    (["--sample.sampler=learned_range"], "sample.sampler", "learned-range"),
+    (["--sample.sampler", "dpm++2m"], "sample.sampler", "dpm++2m"),
     (["--data.name", "fashion-mnist"], "data.name", "fashion_mnist"),
     (["--evaluate.metrics", "[kid,'fid']"], "evaluate.metrics", ["kid", "fid"]),
 ]
@@ -111,6 +113,7 @@ GOOD_TEXTS = [
     ("data: {root: '2024'}", "data.root", "2024"),
     ("model: {dim_mults: [1, 2]}", "model.dim_mults", [1, 2]),
     ("sample: {sampler: fixed_small}", "sample.sampler", "fixed-small"),
+    ("sample: {sampler: dpm++2m, skip_type: logsnr}", "sample.sampler", "dpm++2m"),
 ]
 
 
@@ -285,7 +288,12 @@ def test_literals_equal_the_registries() -> None:
         (config.Precision, ["auto", *DTYPES]),
     ]:
         assert sorted(typing.get_args(literal)) == sorted(registry)
-    assert sorted(constraints.TAKES_ETA) == sorted(name for name, sampler in SAMPLERS.items() if sampler.takes_eta)
+    for names, trait in [
+        (constraints.TAKES_ETA, "takes_eta"),
+        (constraints.NEEDS_VARIANCE, "needs_variance"),
+        (constraints.STOCHASTIC, "stochastic"),
+    ]:
+        assert sorted(names) == sorted(name for name, sampler in SAMPLERS.items() if getattr(sampler, trait))
 
 
 @pytest.mark.parametrize("name", config.KEYS)
@@ -340,6 +348,11 @@ COMBINATIONS = [
     ({"sample__skip_steps": 1001}, ["sample.skip_steps = 1001", "1 to 1000"]),
     ({"diffusion__total_steps": 49}, ["sample.skip_steps = 50", "1 to 49"]),
     ({"sample__sampler": "fixed-large", "sample__eta": 0.5}, ["sample.eta = 0.5", "fixed-large", "ddim"]),
+    ({"sample__sampler": "unipc", "sample__eta": 0.5}, ["sample.eta = 0.5", "unipc", "ddim"]),
+    (
+        {"sample__sampler": "learned-range"},
+        ["sample.sampler = learned-range", "diffusion.learn_variance = true", "fixed-large", "fixed-small"],
+    ),
     ({"sample__guidance_scale": 2}, ["sample.guidance_scale = 2", "model.condition"]),
     ({"diffusion__zero_terminal_snr": True}, ["zero_terminal_snr", "pred_v", "pred_x0"]),
     ({"diffusion__beta_schedule": "jsd"}, ["jsd", "pred_v", "pred_x0"]),
@@ -369,6 +382,9 @@ def test_combination_is_refused(overrides: dict, says: list[str]) -> None:
         {"sample__skip_steps": None},
         {"sample__sampler": "fixed-large", "sample__eta": 0},
         {"sample__sampler": "ddim", "sample__eta": 1},
+        {"sample__sampler": "learned-range", "diffusion__learn_variance": True},
+        {"sample__sampler": "fixed-small", "diffusion__learn_variance": True},
+        {"sample__sampler": "dpm++2m", "sample__skip_type": "logsnr"},
         {"diffusion__zero_terminal_snr": True, "diffusion__objective": "pred_v"},
         {"diffusion__beta_schedule": "jsd", "diffusion__objective": "pred_x0"},
         {"diffusion__beta_schedule": "cosine", "diffusion__beta_start": 0.5},

@@ -19,13 +19,14 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from utils import classifier, config
 from utils.data import load_splits
+from utils.data.image_folder import load_as_is
 from utils.data.image_set import ImageSet
 from utils.errors import InputError
 from utils.fidelity import fid, open_extractor, scores
 from utils.images import file_name, read_png, write_png
-from utils.reference import features_of, open_reference
+from utils.reference import features_of, open_for, open_reference
 from utils.results import Results, cell_id
-from utils.scoring import Scorer, check_count, folder_images
+from utils.scoring import Scorer, check_count
 
 CPU = torch.device("cpu")
 INCEPTION = "inception-v3-compat"
@@ -416,13 +417,13 @@ def test_without_a_checkpoint_a_data_set_is_that_of_its_recipe_and_of_the_keys_g
 
 def test_a_folder_to_score_keeps_its_size_and_colours(tmp_path):
     Image.new("L", (8, 8), 7).save(tmp_path / "0.png")
-    assert folder_images(str(tmp_path)).channels == 1
+    assert load_as_is(str(tmp_path), "--images").channels == 1
     Image.new("RGB", (8, 8), "gray").save(tmp_path / "1.png")
-    found = folder_images(str(tmp_path))
+    found = load_as_is(str(tmp_path), "--images")
     assert (found.channels, found.size, len(found)) == (3, 8, 2)
     Image.new("RGB", (8, 6)).save(tmp_path / "2.png")
     with pytest.raises(InputError, match=r"0\.png is 8x8, 2\.png 8x6"):
-        folder_images(str(tmp_path))
+        load_as_is(str(tmp_path), "--images")
 
 
 def test_opening_a_reference_leaves_the_configuration_as_it_is():
@@ -479,14 +480,14 @@ def test_an_evaluation_opens_with_the_classifier_of_its_reference(monkeypatch, t
     monkeypatch.setattr(classifier, "N_STEPS", 5)
     recipe = config.read_yaml(Path(__file__).parent.parent / "configs" / "ddpm_digits.yaml")
     options = config.merge(("recipe", recipe), ("test", {"evaluate.cache_dir": str(tmp_path / "cache")}))
-    opened = Scorer.open(ALONE, options, "digits", 100)
+    opened = Scorer.open(ALONE, options, open_for(ALONE, options, "digits", None, {}), 100, None, False)
     assert opened.test_accuracy is not None
     assert (len(opened.real["features"]), len(opened.real_test["features"])) == (1617, 180)
     names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
     assert names == ["dataset", "features", "features"]
     options.evaluate.feature_extractor_weights = "x.pth"
     with pytest.raises(InputError, match="trains its own"):
-        Scorer.open(ALONE, options, "digits", 100)
+        Scorer.open(ALONE, options, open_for(ALONE, options, "digits", None, {}), 100, None, False)
 
 
 # Tables

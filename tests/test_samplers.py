@@ -4,10 +4,18 @@ Every entry of SAMPLERS joins the tests that are parametrised over it; EXACT add
 """
 
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from diffusions.process import GaussianDiffusion, Prediction
 from diffusions.samplers import SAMPLERS, Step
@@ -16,7 +24,9 @@ from diffusions.schedules import BETA_SCHEDULES, SKIP_TYPES, cumulative_alpha, r
 T = 100
 BETAS = BETA_SCHEDULES["linear"](T, 1e-3, 0.2)
 ALPHA_BAR = cumulative_alpha(BETAS)  # ends at 2e-5
+ZERO_TERMINAL = rescale_zero_terminal_snr(ALPHA_BAR)
 MU, STD = 0.4, 0.5  # of the Gaussian data
+VAR_FRAC = 0.3  # of learned-range's variance between the posterior's and beta, in log space
 CASES = [
     (name, eta) for name, sampler in SAMPLERS.items() for eta in ((0.0, 0.5, 1.0) if sampler.takes_eta else (0.0,))
 ]
@@ -43,7 +53,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 def prediction(x, x0, alpha_bar):
     """The prediction of x0, with the eps that belongs to it and a constant variance for those who need one."""
-    return Prediction(x0, (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5, torch.full_like(x, 0.3))
+    return Prediction(x0, (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5, torch.full_like(x, VAR_FRAC))
 
 
 def optimal(alpha_bar):
@@ -86,7 +96,7 @@ def affine_map(name, denoise, grid, eta, step=-1):
     return out[0].item(), (out[1] - out[0]).item(), (out[2:] - out[0]).tolist()
 
 
-def ddpm_moments(grid, eta, large):
+def ddpm_moments(grid, eta, noise_variance):
     """Ho et al. 2020, section 3.2: x_{t-1} given x_t and x0, by Bayes' rule on the respaced chain."""
     mean, variance = 0.0, 1.0
     for _, _, ab, prev in grid:
@@ -97,7 +107,7 @@ def ddpm_moments(grid, eta, large):
             alpha = ab / prev
             small = 1 / (1 / (1 - prev) + alpha / (1 - alpha))
             to_x0, to_xt = small * prev**0.5 / (1 - prev), small * alpha**0.5 / (1 - alpha)
-            noise = 1 - alpha if large else small
+            noise = noise_variance(1 - alpha, small)
         mean = to_x0 * (MU + gain * (mean - ab**0.5 * MU)) + to_xt * mean
         variance = (to_x0 * gain + to_xt) ** 2 * variance + noise
     return mean, variance
@@ -117,22 +127,106 @@ def ddim_moments(grid, eta):
     return mean, variance
 
 
+def heun_moments(grid, eta):
+    """Karras et al. 2022, algorithm 1 in y = x / sqrt(alpha_bar): dy / dsigma = sigma (y - MU) / (STD^2 + sigma^2)."""
+    ab_first = grid.alpha_bar[0].item()
+    sigmas = [math.sqrt((1 - ab) / ab) if ab else math.inf for ab in grid.alpha_bar.tolist()]
+    slope = lambda sigma: sigma / (STD**2 + sigma**2)  # of y - MU
+    if ab_first == 0:  # x0 = MU and eps = x: y = MU + sigma_prev x
+        centred, gain, sigmas = 0.0, sigmas[1], sigmas[1:]
+    else:
+        centred, gain = -MU, ab_first**-0.5
+    for sigma, after in pairwise(sigmas):
+        euler = 1 + (after - sigma) * slope(sigma)
+        step = (euler + 1 + (after - sigma) * slope(after) * euler) / 2 if after else euler
+        centred, gain = step * centred, step * gain
+    return MU + centred, gain**2
+
+
+def affine_x0(x, ab):
+    """E[x0 | x_t] of x_t = x[0] + x[1] x_T, in the same form."""
+    gain = STD**2 * ab**0.5 / (ab * STD**2 + 1 - ab)
+    return np.array([MU, 0.0]) + gain * (x - np.array([ab**0.5 * MU, 0.0]))
+
+
+def exponential_step(x, x0, ab, prev):
+    """Exact for a constant x0: with s = alpha / sigma, d(x / sigma) = x0 ds (Lu et al. 2022, proposition 4.1)."""
+    if prev == 1:
+        return x0
+    s, after = math.sqrt(ab / (1 - ab)), math.sqrt(prev / (1 - prev))
+    return math.sqrt(1 - prev) * (x / math.sqrt(1 - ab) + (after - s) * x0)
+
+
+def log_ratios(grid):
+    """lambda = log(alpha / sigma) of the noisy timesteps; finite at alpha_bar = 0."""
+    return [math.log(ab / (1 - ab)) / 2 if ab else -1e12 for ab in grid.alpha_bar.tolist()[:-1]]
+
+
+def dpmpp_2m_moments(grid, eta):
+    """Lu et al. 2022, algorithm 2: x0 is extrapolated to the middle of the step; the last step is of first order."""
+    x, lambdas, x0s = np.array([0.0, 1.0]), log_ratios(grid), []
+    for i, (_, _, ab, prev) in enumerate(grid):
+        x0s.append(affine_x0(x, ab))
+        slope = (x0s[i] - x0s[i - 1]) / (lambdas[i] - lambdas[i - 1]) if i else 0.0
+        ahead = (lambdas[i + 1] - lambdas[i]) / 2 if prev < 1 else 0.0
+        x = exponential_step(x, x0s[i] + slope * ahead, ab, prev)
+    return x[0], x[1] ** 2
+
+
+def unipc_moments(grid, eta):
+    """Zhao et al. 2023, algorithms 1 and 2 with p = 2: R rho = b, and rho = 1/2 where it is one unknown.
+
+    R = [r_m^(k-1)] with r_m = (lambda_m - lambda) / h, and b_k the mean of u^k over the step under the weight e^(h u),
+    which makes the step exact for polynomials in lambda; here by quadrature.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    nodes, weights = (nodes + 1) / 2, weights / 2
+    x, lambdas, x0s, steps = np.array([0.0, 1.0]), log_ratios(grid), [], list(grid)
+    start = x
+    for i, (_, _, ab, prev) in enumerate(steps):
+        x0s.append(affine_x0(x, ab))
+        if i:  # UniC from `start`, with the x0 of its end
+            rho, D = [0.5], [x0s[i] - x0s[i - 1]]
+            if i > 1:
+                h = lambdas[i] - lambdas[i - 1]
+                r = (lambdas[i - 2] - lambdas[i - 1]) / h
+                b = [np.average(nodes**k, weights=weights * np.exp(h * (nodes - 1))) for k in (1, 2)]
+                rho, D = np.linalg.solve([[1, 1], [r, 1]], b), [(x0s[i - 2] - x0s[i - 1]) / r, *D]
+            x = exponential_step(start, x0s[i - 1] + sum(p * d for p, d in zip(rho, D)), *steps[i - 1][2:])
+        start, D = x, 0.0
+        if i and prev < 1:  # UniP-2; UniP-1 has no D
+            D = (x0s[i - 1] - x0s[i]) * (lambdas[i + 1] - lambdas[i]) / (lambdas[i - 1] - lambdas[i])
+        x = exponential_step(start, x0s[i] + D / 2, ab, prev)
+    return x[0], x[1] ** 2
+
+
 EXACT = {
-    "fixed-large": lambda grid, eta: ddpm_moments(grid, eta, large=True),
-    "fixed-small": lambda grid, eta: ddpm_moments(grid, eta, large=False),
+    "fixed-large": lambda grid, eta: ddpm_moments(grid, eta, lambda beta, small: beta),
+    "fixed-small": lambda grid, eta: ddpm_moments(grid, eta, lambda beta, small: small),
+    "learned-range": lambda grid, eta: ddpm_moments(
+        grid, eta, lambda beta, small: math.exp(VAR_FRAC * math.log(beta) + (1 - VAR_FRAC) * math.log(small))
+    ),
     "ddim": ddim_moments,
+    "heun": heun_moments,
+    "dpm++2m": dpmpp_2m_moments,
+    "unipc": unipc_moments,
 }
+
+
+def test_the_moments_of_every_sampler_are_known():
+    assert sorted(EXACT) == sorted(SAMPLERS)
 
 
 @pytest.mark.parametrize("S", [1, 2, 5, 10, 50, T])
 @every_skip_type
-@pytest.mark.parametrize(("name", "eta"), [case for case in CASES if case[0] in EXACT])
+@every_case
 def test_moments_for_gaussian_data(name, eta, skip_type, S):
-    grid = time_grid(ALPHA_BAR, skip_type, S)
-    offset, gain, noise_gains = affine_map(name, optimal(ALPHA_BAR), grid, eta)
-    mean, variance = EXACT[name](grid, eta)
-    assert offset == pytest.approx(mean, rel=1e-9, abs=1e-12)  # x_T has mean 0 and variance 1
-    assert gain**2 + sum(g**2 for g in noise_gains) == pytest.approx(variance, rel=1e-9, abs=1e-12)
+    for alpha_bar in (ALPHA_BAR, ZERO_TERMINAL):
+        grid = time_grid(alpha_bar, skip_type, S)
+        offset, gain, noise_gains = affine_map(name, optimal(alpha_bar), grid, eta)
+        mean, variance = EXACT[name](grid, eta)
+        assert offset == pytest.approx(mean, rel=1e-9, abs=1e-12)  # x_T has mean 0 and variance 1
+        assert gain**2 + sum(g**2 for g in noise_gains) == pytest.approx(variance, rel=1e-9, abs=1e-12)
 
 
 @every_case
@@ -159,16 +253,21 @@ def test_more_steps_approach_the_data(name, eta):
 
 @pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.stochastic])
 def test_order_of_convergence(name):
-    """Against the exact probability flow down to t = 0 (the step from there to the data is first order for all)."""
+    """The slope of the error against the exact probability flow between the ends of the noisy part of the grid.
+
+    Multistep solvers, of a higher order than evaluations per step, want even steps in lambda; UniC adds up to an order.
+    """
+    order, multistep = SAMPLERS[name].order, SAMPLERS[name].order > SAMPLERS[name].evals_per_step
     alpha_bar = cumulative_alpha(BETA_SCHEDULES["linear"](1000, 1e-4, 0.02))
-    total = lambda ab: ab * STD**2 + 1 - ab
-    exact = math.sqrt(total(alpha_bar[0].item()) / total(alpha_bar[-1].item()))
-    errors = []
-    for S in (51, 101):
-        _, gain, noise_gains = affine_map(name, optimal(alpha_bar), time_grid(alpha_bar, "linspace", S), 0.0, step=-2)
+    counts, errors = (20, 40, 80, 160), []
+    for S in counts:
+        grid = time_grid(alpha_bar, "logsnr" if multistep else "uniform", S)
+        _, gain, noise_gains = affine_map(name, optimal(alpha_bar), grid, 0.0, step=-2)
         assert not any(noise_gains)
-        errors.append(abs(gain - exact))
-    assert math.log2(errors[0] / errors[1]) > SAMPLERS[name].order - 0.25
+        first, last = (ab * STD**2 + 1 - ab for ab in grid.alpha_bar[[0, -2]].tolist())
+        errors.append(abs(gain - math.sqrt(last / first)))
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert -0.1 < slope - order < 0.7
 
 
 # --- contracts of every sampler ---
@@ -179,7 +278,7 @@ def test_order_of_convergence(name):
 def test_an_oracle_recovers_x0(name, eta, skip_type):
     """The last step must reach alpha_bar = 1; without clipping, and also where alpha_bar_T = 0."""
     x0 = 1.5 * normal(2, 3, 2, 2, seed=3)
-    for alpha_bar in (ALPHA_BAR, rescale_zero_terminal_snr(ALPHA_BAR)):
+    for alpha_bar in (ALPHA_BAR, ZERO_TERMINAL):
         for S in (1, 2, 7, 30, T):
             grid = time_grid(alpha_bar, skip_type, S)
             denoise = lambda x, t: prediction(x, x0, alpha_bar[t].item())
@@ -188,17 +287,22 @@ def test_an_oracle_recovers_x0(name, eta, skip_type):
             assert all(torch.equal(step.x0, x0) for step in steps)
 
 
+@pytest.mark.parametrize(("objective", "alpha_bar"), [("pred_eps", ALPHA_BAR), ("pred_v", ZERO_TERMINAL)])
 @every_skip_type
-def test_an_oracle_network_recovers_x0_through_the_process(skip_type):
-    process, x0 = GaussianDiffusion(ALPHA_BAR), normal(2, 3, 2, 2, seed=3)
+def test_an_oracle_network_recovers_x0_through_the_process(skip_type, objective, alpha_bar):
+    x0 = normal(2, 3, 2, 2, seed=3)
+
+    def denoise(x, t):
+        eps = (x - alpha_bar[t].sqrt() * x0) / (1 - alpha_bar[t]).sqrt()
+        mean_out = process.target(x0, torch.full((2,), t), eps)
+        return process.predict(torch.cat([mean_out, x], dim=1) if learns else mean_out, x, t, clip=False)
+
     for S in (1, 10, T):
-        denoise = lambda x, t: process.predict(
-            (x - ALPHA_BAR[t].sqrt() * x0) / (1 - ALPHA_BAR[t]).sqrt(), x, t, clip=False
-        )
+        grid = time_grid(alpha_bar, skip_type, S)
         for name, eta in CASES:
-            if not SAMPLERS[name].needs_variance:
-                grid = time_grid(ALPHA_BAR, skip_type, S)
-                torch.testing.assert_close(run(name, denoise, normal(2, 3, 2, 2), grid, eta=eta)[-1].x, x0)
+            learns = SAMPLERS[name].needs_variance
+            process = GaussianDiffusion(alpha_bar, objective, learn_variance=learns)
+            torch.testing.assert_close(run(name, denoise, normal(2, 3, 2, 2), grid, eta=eta)[-1].x, x0)
 
 
 @pytest.mark.parametrize("S", [1, 2, 10, T])
@@ -218,8 +322,7 @@ def test_steps_and_evaluations(name, eta, skip_type, S):
     assert all(step.x.shape == step.x0.shape == x.shape and step.x.dtype == x.dtype for step in steps)
     assert torch.equal(x, before), "x_T was written over"
     assert sorted(set(calls), reverse=True) == grid.t.tolist()[:-1], "the network saw other timesteps than the grid's"
-    evals = SAMPLERS[name].evals_per_step
-    assert evals * S - (evals - 1) <= len(calls) <= evals * S  # the last step may need only one
+    assert len(calls) == SAMPLERS[name].evaluations(S)
 
 
 @every_case
@@ -312,28 +415,38 @@ def test_ddim_with_eta_1_is_fixed_small(skip_type, S):
     assert (small[-2].x - large[-2].x).abs().max() > 1e-3, "after the last noise"
 
 
+@pytest.mark.parametrize(("frac", "fixed"), [(0.0, "fixed-small"), (1.0, "fixed-large")])
+@pytest.mark.parametrize("S", [1, 2, 10, T])
+@every_skip_type
+def test_learned_range_ends_in_the_fixed_variances(skip_type, S, frac, fixed):
+    grid, x = time_grid(ALPHA_BAR, skip_type, S), normal(2, 1, 4, 4)
+    denoise = lambda x, t: optimal(ALPHA_BAR)(x, t)._replace(var_frac=torch.full_like(x, frac))
+    for ours, theirs in zip(run("learned-range", denoise, x, grid), run(fixed, denoise, x, grid), strict=True):
+        torch.testing.assert_close(ours.x, theirs.x, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-12, atol=1e-12)
+
+
 # --- diffusers, step for step ---
 
 OUTPUTS = [("pred_eps", True), ("pred_eps", False), ("pred_x0", True), ("pred_v", False)]
 THEIR_NAMES = {"pred_eps": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
-def scheduler_of(kind, objective, clip, **options):
+def scheduler_of(kind, objective, **options):
     """With our float64 alpha_bar: theirs is float32, which costs 1 - alpha_bar_t / alpha_bar_prev four digits."""
-    scheduler = kind(
-        T, trained_betas=BETAS.numpy(), prediction_type=THEIR_NAMES[objective], clip_sample=clip, **options
-    )
+    scheduler = kind(T, trained_betas=BETAS.numpy(), prediction_type=THEIR_NAMES[objective], **options)
     torch.testing.assert_close(scheduler.alphas_cumprod, ALPHA_BAR.float(), rtol=1e-5, atol=0)
     scheduler.alphas_cumprod = ALPHA_BAR
     return scheduler
 
 
-def recorded(objective, clip):
-    """A denoiser in float32, and the list of the network outputs that it saw."""
-    process, outputs = GaussianDiffusion(ALPHA_BAR, objective), []
+def recorded(objective, clip, learn_variance=False):
+    """A denoiser, and the list of the network outputs that it saw."""
+    process, outputs = GaussianDiffusion(ALPHA_BAR, objective, learn_variance), []
 
     def denoise(x, t):
-        outputs.append(torch.tanh(1.3 * x + math.sin(t)) + 0.2)
+        out = torch.tanh(1.3 * x + math.sin(t)) + 0.2
+        outputs.append(torch.cat([out, torch.sin(3 * x + t)], dim=1) if learn_variance else out)
         return process.predict(outputs[-1], x, t, clip)
 
     return denoise, outputs
@@ -341,17 +454,17 @@ def recorded(objective, clip):
 
 @pytest.mark.parametrize(("objective", "clip"), OUTPUTS)
 @every_skip_type
-@pytest.mark.parametrize("name", ["fixed-small", "fixed-large"])
+@pytest.mark.parametrize("name", ["fixed-small", "fixed-large", "learned-range"])
 def test_ancestral_sampling_equals_diffusers(name, skip_type, objective, clip):
     for S in (1, 10, 35, T):
         grid = time_grid(ALPHA_BAR, skip_type, S)
-        if name == "fixed-large" and grid.t[-2] > 0:
+        if name != "fixed-small" and grid.t[-2] > 0:
             continue  # theirs adds noise at a last step from t > 0, because it asks for t > 0 and not for t_prev >= 0
         x = normal(2, 3, 4, 4, dtype=torch.float32)
-        denoise, outputs = recorded(objective, clip)
+        denoise, outputs = recorded(objective, clip, SAMPLERS[name].needs_variance)
         steps = run(name, denoise, x, grid, Noise(x.shape, seed=5, dtype=torch.float32))
 
-        scheduler = scheduler_of(DDPMScheduler, objective, clip, variance_type=name.replace("-", "_"))
+        scheduler = scheduler_of(DDPMScheduler, objective, clip_sample=clip, variance_type=name.replace("-", "_"))
         scheduler.set_timesteps(timesteps=grid.t.tolist()[:-1])
         generator = torch.Generator().manual_seed(5)
         for t, out, step in zip(scheduler.timesteps, outputs, steps, strict=True):
@@ -371,7 +484,7 @@ def test_ddim_equals_diffusers(objective, clip, eta):
         noise = Noise(x.shape, dtype=torch.float32)
         steps = run("ddim", denoise, x, grid, noise, eta)
 
-        scheduler = scheduler_of(DDIMScheduler, objective, clip, set_alpha_to_one=True)
+        scheduler = scheduler_of(DDIMScheduler, objective, clip_sample=clip, set_alpha_to_one=True)
         scheduler.set_timesteps(S)
         assert scheduler.timesteps.tolist() == grid.t.tolist()[:-1]
         draws = [*noise.draws, torch.zeros_like(x)] if eta else [None] * S
@@ -379,4 +492,50 @@ def test_ddim_equals_diffusers(objective, clip, eta):
             theirs = scheduler.step(out, int(t), x, eta=eta, use_clipped_model_output=True, variance_noise=draw)
             torch.testing.assert_close(step.x, theirs.prev_sample, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(step.x0, theirs.pred_original_sample, rtol=1e-5, atol=1e-5)
+            x = step.x
+
+
+@pytest.mark.parametrize(("objective", "clip"), OUTPUTS)
+@every_skip_type
+def test_heun_equals_diffusers(skip_type, objective, clip):
+    """Theirs walks y = x / sqrt(alpha_bar) and is called once for each evaluation of the network."""
+    for S in (1, 2, 5, 20, T):
+        grid, x = time_grid(ALPHA_BAR, skip_type, S), normal(2, 3, 4, 4)
+        denoise, outputs = recorded(objective, clip)
+        steps = run("heun", denoise, x, grid)
+
+        scheduler = scheduler_of(HeunDiscreteScheduler, objective, clip_sample=clip)
+        scheduler.set_timesteps(timesteps=grid.t.tolist()[:-1])
+        sigmas = (1 / grid.alpha_bar - 1).sqrt()
+        scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+        ys = [x / grid.alpha_bar[0].sqrt()]
+        for t, out in zip(scheduler.timesteps, outputs, strict=True):
+            ys.append(scheduler.step(out, t, ys[-1]).prev_sample)
+        ends = [*ys[2::2], ys[-1]]  # theirs at even counts are corrected; the last step is Euler's
+        for ab_prev, end, step in zip(grid.alpha_bar[1:], ends, steps, strict=True):
+            torch.testing.assert_close(step.x, ab_prev.sqrt() * end, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", THEIR_NAMES)
+@every_skip_type
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("dpm++2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
+        ("unipc", UniPCMultistepScheduler, {"solver_type": "bh2", "predict_x0": True}),
+    ],
+)
+def test_multistep_solvers_equal_diffusers(name, kind, options, skip_type, objective):
+    for S in (1, 2, 5, 20, T):
+        grid, x = time_grid(ALPHA_BAR, skip_type, S), normal(2, 3, 4, 4, dtype=torch.float32)
+        denoise, outputs = recorded(objective, clip=False)
+        steps = run(name, denoise, x, grid)
+
+        scheduler = scheduler_of(kind, objective, solver_order=2, final_sigmas_type="zero", **options)
+        scheduler.set_timesteps(S)
+        scheduler.timesteps, scheduler.sigmas = grid.t[:-1], (1 / grid.alpha_bar - 1).sqrt()
+        for t, out, step in zip(scheduler.timesteps, outputs, steps, strict=True):
+            theirs = scheduler.step(out, t, x).prev_sample
+            torch.testing.assert_close(step.x, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(step.x0, scheduler.model_outputs[-1], rtol=1e-5, atol=1e-5)
             x = step.x

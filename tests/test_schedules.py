@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr as diffusers_rescale
 
 from diffusions.process import build_process
@@ -15,6 +15,7 @@ from diffusions.schedules import (
     SKIP_TYPES,
     TimeGrid,
     cumulative_alpha,
+    half_log_snr,
     rescale_zero_terminal_snr,
     strictly_ascending,
     time_grid,
@@ -118,6 +119,15 @@ def test_build_process(name, zero):
     assert not torch.equal(process.loss_weights, torch.ones(50))
 
 
+def test_half_log_snr():
+    alpha_bar = torch.tensor([0, 1e-300, 1e-9, 2e-5, 0.3, 0.5, 0.9999, 1 - 1e-9, 1], dtype=torch.float64)
+    lambdas = half_log_snr(alpha_bar)
+    assert lambdas.dtype == torch.float64 and lambdas[0] == -math.inf and lambdas[-1] == math.inf
+    expected = [math.log(math.sqrt(ab) / math.sqrt(1 - ab)) for ab in alpha_bar.tolist()[1:-1]]
+    assert lambdas[1:-1].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    torch.testing.assert_close(torch.sigmoid(2 * lambdas), alpha_bar)
+
+
 def linear_alpha_bar(T):
     return cumulative_alpha(schedule("linear", T))
 
@@ -182,6 +192,61 @@ def test_spacings_of_diffusers(spacing, T):
             assert time_grid(linear_alpha_bar(T), spacing, S).t.tolist()[:-1] == theirs, S
             checked += 1
     assert checked >= 0.8 * len(STEPS[T])
+
+
+ENDS_AT_ZERO = {  # alpha_bar over T with the last = 0
+    "jsd": lambda T: cumulative_alpha(schedule("jsd", T)),
+    "rescaled": lambda T: rescale_zero_terminal_snr(linear_alpha_bar(T)),
+}
+
+
+@pytest.mark.parametrize("alpha_bar_of", [linear_alpha_bar, *ENDS_AT_ZERO.values()], ids=["linear", *ENDS_AT_ZERO])
+@pytest.mark.parametrize("T", STEPS)
+def test_logsnr_runs_from_the_noise_to_timestep_0(alpha_bar_of, T):
+    alpha_bar = alpha_bar_of(T)
+    assert time_grid(alpha_bar, "logsnr", 1).t.tolist() == [T - 1, -1]
+    for S in STEPS[T]:
+        t = time_grid(alpha_bar, "logsnr", S).t
+        assert len(t) == S + 1 and (t.diff() < 0).all() and t[0] == T - 1, S
+        assert t[-2] == 0 or S == 1
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_logsnr_of_the_shortest_schedules(name):
+    assert time_grid(cumulative_alpha(schedule(name, 1)), "logsnr", 1).t.tolist() == [0, -1]
+    for S, t in ((1, [1, -1]), (2, [1, 0, -1])):
+        assert time_grid(cumulative_alpha(schedule(name, 2)), "logsnr", S).t.tolist() == t
+
+
+@pytest.mark.parametrize("S", [2, 3, 6, 11, 26, 101, 201, 501, 1001])
+def test_logsnr_is_even_where_lambda_is_linear(S):
+    alpha_bar = torch.sigmoid(2 * torch.linspace(4, -6, 1001, dtype=torch.float64))
+    assert time_grid(alpha_bar, "logsnr", S).t.flip(0)[1:].tolist() == list(range(0, 1001, 1000 // (S - 1)))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid", "quad", "const"])
+def test_logsnr_is_even_in_lambda_to_the_rounding(name):
+    """Half the distance between timesteps, but for those that others pushed off either end."""
+    alpha_bar, checked = cumulative_alpha(schedule(name, 1000)), 0
+    lambdas = [math.log(ab / (1 - ab)) / 2 for ab in alpha_bar.tolist()]
+    for S in (3, 5, 10, 20, 50, 200):
+        for i, t in enumerate(time_grid(alpha_bar, "logsnr", S).t.flip(0)[1:].tolist()):
+            if i < t < 1000 - S + i:
+                wanted = lambdas[0] + (lambdas[-1] - lambdas[0]) * i / (S - 1)
+                distance = max(lambdas[t - 1] - lambdas[t], lambdas[t] - lambdas[t + 1])
+                assert abs(lambdas[t] - wanted) <= distance / 2 + 1e-9, S
+                checked += 1
+    assert checked > 100
+
+
+def test_logsnr_equals_diffusers():
+    scheduler = DPMSolverMultistepScheduler(1000, use_lu_lambdas=True)
+    scheduler.alphas_cumprod = linear_alpha_bar(1000)  # theirs is float32, which moves a rounding
+    for S in STEPS[1000][1:]:
+        scheduler.set_timesteps(S)
+        theirs = scheduler.timesteps.flip(0).tolist()
+        for i, t in enumerate(ascending("logsnr", S, 1000)):
+            assert t == min(max(theirs[i], i), 1000 - S + i), S  # theirs repeats timesteps at both ends
 
 
 @pytest.mark.parametrize(

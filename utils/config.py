@@ -32,7 +32,7 @@ SamplerName = Literal["fixed-large", "fixed-small", "learned-range", "ddim", "he
 SkipType = Literal["uniform", "quad", "trailing", "linspace", "logsnr"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Extractor = Literal["inception-v3-compat", "dataset-classifier", "vgg16", "clip-vit-b-32", "dinov2-vit-b-14"]
-Metric = Literal["fid", "isc", "kid", "prc"]
+Metric = Literal["fid", "isc", "kid", "prc", "bpd"]
 
 
 def key(default: Any, doc: str, ge: float | None = None, gt: float | None = None, le: float | None = None,
@@ -132,8 +132,10 @@ class Sample:
 
 @dataclass
 class Evaluate:
-    metrics: list[Metric] = key(["fid", "isc", "kid", "prc"], "scores to compute")
-    n_samples: int = key(50000, "images to generate", ge=1)
+    metrics: list[Metric] = key(
+        ["fid", "isc", "kid", "prc"], "scores to compute; bpd is of the network on the reference"
+    )
+    n_samples: int = key(50000, "images to generate, and at most as many real ones for bpd", ge=1)
     feature_extractor: Extractor = key("inception-v3-compat", "network whose features are compared")
     feature_extractor_weights: str | None = key(None, "local weights file of the extractor; null: its own download")
     batch_size: int = key(128, "images per forward pass of the extractor", ge=1)

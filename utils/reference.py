@@ -17,7 +17,7 @@ from utils.checkpoint import write_atomically
 from utils.data import SPLITS, join, load_splits
 from utils.data.batches import decoded
 from utils.data.image_set import ImageSet
-from utils.distributed import gather_rows, share
+from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features
 
@@ -38,12 +38,18 @@ class Reference:
 
 
 def open_reference(
-    text: str, own: DictConfig | None, asked: dict[str, Any], image_size: int, channels: int
+    text: str,
+    own: DictConfig | None,
+    asked: dict[str, Any],
+    image_size: int,
+    channels: int,
+    option: str = "--reference",
 ) -> Reference:
     """`--reference NAME[:SPLIT]` (split train where left out, or test, all) or a folder of images.
 
     own: the data section of the checkpoint, which holds for its own data set; another one takes its own recipe's.
     asked: data.* keys given for this evaluation; they hold for any data set.
+    option: what errors call it.
 
     Raises:
         InputError: neither a data set nor a folder, or a split that does not exist.
@@ -66,12 +72,20 @@ def open_reference(
         data.name, data.root, split = "image_folder", text, ""
     else:
         hint = schema.nearest(name, names)
-        raise InputError(f"--reference {text}: neither a folder nor one of {', '.join(names[:-1])}{hint}")
+        raise InputError(f"{option} {text}: neither a folder nor one of {', '.join(names[:-1])}{hint}")
     if split and split not in SPLITS:
-        raise InputError(f"--reference {text}: the splits are {', '.join(SPLITS)}")
+        raise InputError(f"{option} {text}: the splits are {', '.join(SPLITS)}")
     data.image_size, data.channels = image_size, channels
     splits = load_splits(data)
     return Reference(join(splits, split or "train"), splits["train"], splits.get("test"))
+
+
+def open_for(accelerator, config: DictConfig, text: str, images: ImageSet | None, asked: dict[str, Any]) -> Reference:
+    """`open_reference` for what is scored: `images`, or else the network of `config`. Downloads once. A collective."""
+    size = images.size if images is not None else config.data.image_size
+    channels = images.channels if images is not None else config.data.channels
+    with main_process_first(accelerator):
+        return open_reference(text, config.data if images is None else None, asked, size, channels)
 
 
 def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, accelerator) -> Features:

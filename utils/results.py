@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import write_atomically
 from utils.errors import InputError
 
-SCORES = ("fid", "isc", "kid", "precision", "recall", "f_score")
+SCORES = ("fid", "isc", "kid", "precision", "recall", "f_score", "bpd")
 
 
 def cell_id(protocol: dict[str, Any]) -> str:
@@ -44,6 +46,8 @@ class Results:
         write_atomically(self.out / "results.csv", lambda p: p.write_text(to_csv(self.rows)))
         write_atomically(self.out / "report.md", lambda p: p.write_text(report(self.rows)))
         draw_sweep(self.rows, self.out / "score_vs_steps.png")
+        if bounds := [row for row in self.rows if "terms" in row]:
+            draw_terms(bounds, self.out / "bpd_terms.png")
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
@@ -58,6 +62,29 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in their seed alone, made one: means, with the standard deviation over the seeds as spread."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        source = {name: value for name, value in row["protocol"].get("source", {}).items() if name != "seed"}
+        groups.setdefault(cell_id({**row["protocol"], "source": source}), []).append(row)
+    merged = []
+    for group in groups.values():
+        first = group[0]
+        if len(group) > 1:
+            scores = {name: [row["scores"][name] for row in group] for name in SCORES if name in first["scores"]}
+            means = {name: statistics.fmean(values) for name, values in scores.items()}
+            spreads = {f"{name}_std": statistics.stdev(values) for name, values in scores.items()}
+            times = [row["seconds_per_image"] for row in group if row.get("seconds_per_image")]
+            first = first | {
+                "label": f"{first['label'].rsplit(', seed ', 1)[0]}, ± over {len(group)} seeds",
+                "scores": means | spreads,
+                "seconds_per_image": statistics.fmean(times) if times else None,
+            }
+        merged.append(first)
+    return merged
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """One markdown table per reference, extractor and count, with the floor as its last row."""
     parts, groups = [], {}
@@ -66,9 +93,10 @@ def report(rows: list[dict[str, Any]]) -> str:
         groups.setdefault((row["reference"], row["extractor"], row["n"], *hashes), []).append(row)
     for (reference, extractor, n, *_), group in groups.items():
         names = [name for name in SCORES if any(name in row["scores"] for row in group)]
-        title = f"**{', '.join(f'{name}[{extractor}]@{n}' for name in names)}** against {reference}\n"
+        of = f"[{extractor}]" if extractor else ""  # bpd has none
+        title = f"**{', '.join(f'{name}{of}@{n}' for name in names)}** against {reference}\n"
         table = [["images", *names, "ms per image"]]
-        for row in group:
+        for row in over_seeds(group):
             speed = f"{1000 * row['seconds_per_image']:.2f}" if row.get("seconds_per_image") else ""
             table.append([row["label"], *(_number(row["scores"], name) for name in names), speed])
         floor = next((row for row in group if row["floor"]), None)
@@ -80,14 +108,15 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     """The first score over the number of sampling steps, a line per sampler; nothing for fewer than two step counts."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for row in over_seeds(rows):
         source = row["protocol"].get("source", {})
-        if "timesteps" in source:
+        if "timesteps" in source and row["extractor"]:
             name, value = next((name, row["scores"][name]) for name in SCORES if name in row["scores"])
             label = f"{name}[{row['extractor']}]@{row['n']}, {source['sampler']}"
-            lines.setdefault(label, []).append((len(source["timesteps"]), value))
-    if len({steps for points in lines.values() for steps, _ in points}) < 2:
+            spread = row["scores"].get(f"{name}_std", 0.0)
+            lines.setdefault(label, []).append((len(source["timesteps"]), value, spread))
+    if len({steps for points in lines.values() for steps, *_ in points}) < 2:
         return
     import matplotlib
 
@@ -96,11 +125,35 @@ def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 4))
     for label, points in lines.items():
-        axis.plot(*zip(*sorted(points)), marker="o", label=label)
+        steps, values, spreads = zip(*sorted(points))
+        axis.errorbar(steps, values, spreads, marker="o", markersize=4, capsize=2, label=label)
     axis.set_xscale("log")
+    axis.set_yscale("log")
     axis.set_xlabel("sampling steps")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def draw_terms(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every row's bound over the timesteps: its terms, and what they sum to from the data on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for row in rows:
+        t, bits = row["terms"]["t"][::-1], row["terms"]["bits"][::-1]
+        left.plot([i + 1 for i in t], bits, label=row["label"])
+        right.plot([i + 1 for i in t], list(itertools.accumulate(bits)), label=f"{row['scores']['bpd']:.3f}")
+    left.set(xscale="log", yscale="log", xlabel="t + 1", ylabel="L_t [bits per dimension]")
+    right.set(xscale="log", xlabel="t + 1", ylabel="sum of L_0 to L_t")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
     plt.close(figure)

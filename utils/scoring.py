@@ -16,38 +16,18 @@ from tqdm import tqdm
 from diffusions import SAMPLERS, build_process
 from utils import classifier, precision
 from utils.cli import say
-from utils.data.image_folder import find_images, image_header, load_folder
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, open_extractor, scores
 from utils.micro_batch import generate_fitting
 from utils.protocol import hardware, sampling_identity, versions
-from utils.reference import Reference, features_of, open_reference
+from utils.reference import Reference, features_of
+from utils.results import cell_id
 from utils.weights import load_network
 
 FEWEST = 10
 FEW = 10_000  # below this many images FID is far from its value at 50,000
-
-
-def folder_images(path: str) -> ImageSet:
-    """The images below a folder as they are: gray where every file is, else RGB.
-
-    Raises:
-        InputError: no folder, no image, an unreadable one, or sizes that differ or are not square.
-    """
-    paths = find_images(Path(path))
-    headers = [(image, *image_header(image)) for image in paths]
-    first, (width, height), _ = headers[0]
-    for image, size, _ in headers:
-        if size != (width, height):
-            raise InputError(
-                f"--images {path}: sizes differ: {first.name} is {width}x{height}, {image.name} {size[0]}x{size[1]}"
-            )
-    if width != height:
-        raise InputError(f"--images {path}: {first.name} is {width}x{height} pixels: not square")
-    channels = 1 if all(is_gray for *_, is_gray in headers) else 3
-    return load_folder(Path(path), width, channels, Path(path).resolve().name)
 
 
 def generated_images(
@@ -59,7 +39,7 @@ def generated_images(
     net, process = load_network(weights, accelerator.device), build_process(config.diffusion)
     steps = options.skip_steps or process.total_steps
     mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
-    evaluations = int(steps * SAMPLERS[options.sampler].evals_per_step)
+    evaluations = SAMPLERS[options.sampler].evaluations(steps)
     say(f"{options.sampler}, {steps} {options.skip_type} steps: {n:,} images, {evaluations} network evaluations each")
     bar = tqdm(total=len(mine), desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
                disable=not accelerator.is_main_process)  # fmt: skip
@@ -67,6 +47,11 @@ def generated_images(
         for batch in generate_fitting(net, process, options, mine, seed, micro_batch, dtype=dtype):
             bar.update(len(batch.indices))
             yield batch.images
+
+
+def generative(options: DictConfig) -> list[str]:
+    """The metrics of the evaluate section that compare images; bpd does not."""
+    return [metric for metric in options.metrics if metric != "bpd"]
 
 
 def check_count(n: int, extractor: Extractor, reference: Reference, force: bool) -> None:
@@ -101,30 +86,17 @@ class Scorer:
 
     @classmethod
     def open(
-        cls,
-        accelerator,
-        config: DictConfig,
-        reference: str,
-        n: int,
-        images: ImageSet | None = None,
-        asked: dict[str, Any] | None = None,
-        force: bool = False,
+        cls, accelerator, config: DictConfig, found: Reference, n: int, images: ImageSet | None, force: bool
     ) -> Scorer:
-        """Load the reference, make the extractor (training the classifier if need be), extract real features.
+        """Make the extractor (training the classifier if need be), extract the reference's features.
 
         config: the checkpoint's, or the one asked for where `images` are scored; n: how many images that will be.
-        asked: data.* keys given for this evaluation, which also hold for a reference that is another data set.
         force: go on where there are fewer images than feature dimensions.
 
         Raises:
-            InputError: a reference, weights or counts that can't be used; told before features are extracted.
+            InputError: weights or counts that can't be used; told before features are extracted.
         """
         options, cache = config.evaluate, Path(config.evaluate.cache_dir)
-        size = images.size if images is not None else config.data.image_size
-        channels = images.channels if images is not None else config.data.channels
-        own = config.data if images is None else None
-        with main_process_first(accelerator):  # one downloads
-            found = open_reference(reference, own, asked or {}, size, channels)
         path, accuracy = options.feature_extractor_weights, None
         if options.feature_extractor == classifier.NAME:
             if path is not None:
@@ -136,7 +108,7 @@ class Scorer:
             say(f"dataset classifier of {found.train.name}: test accuracy {shown}")
         with main_process_first(accelerator):  # one downloads
             extractor = open_extractor(
-                options.feature_extractor, path, list(options.metrics), options.batch_size, accelerator.device
+                options.feature_extractor, path, generative(options), options.batch_size, accelerator.device
             )
         check_count(n, extractor, found, force)
         has_floor = found.test is not None and len(found.test) >= FEWEST
@@ -163,28 +135,28 @@ class Scorer:
             rows = torch.arange(count) * len(self.reference.train) // count
             real = {layer: value[rows] for layer, value in self.real_train.items()}
             options = self.config.evaluate
-            values = scores(list(options.metrics), self.extractor, real, self.real_test, options.kid_subset_size)
+            values = scores(generative(options), self.extractor, real, self.real_test, options.kid_subset_size)
             train, test = self.reference.train, self.reference.test
             label = f"{count:,} of {train.name} against {test.name} ({len(test):,})"
             self.floors[n] = {"floor": values, "floor_label": label}
         return self.floors[n]
 
-    def label(self, config: DictConfig, weights, options) -> str:
+    def label(self, config: DictConfig, weights, options, seed: int) -> str:
         """What a row of the table is about."""
         if weights is None:
             return str(options.images)
-        origin = f"{weights.file.parent.name} ({weights.kind}), seed {options.seed}"
+        origin = f"{weights.file.parent.name} ({weights.kind}), seed {seed}"
         sample = config.sample
         eta = f", eta {sample.eta:g}" if sample.eta else ""
         steps = sample.skip_steps or config.diffusion.total_steps
         return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}; {origin}"
 
-    def protocol(self, config: DictConfig, weights, options, images: ImageSet | None, n: int) -> dict[str, Any]:
+    def protocol(self, config: DictConfig, weights, seed: int, images: ImageSet | None, n: int) -> dict[str, Any]:
         """Everything that the scores of a cell depend on."""
         evaluate = config.evaluate
         if weights is not None:
             name = precision.mixed_precision(config.sample.mixed_precision)
-            source = sampling_identity(weights, config, build_process(config.diffusion), options.seed, name)
+            source = sampling_identity(weights, config, build_process(config.diffusion), seed, name)
         else:
             source = {"images_sha256": images.content_hash()}
         return {
@@ -195,8 +167,25 @@ class Scorer:
             "image_size": config.data.image_size if images is None else images.size,
             "extractor": self.extractor.name,
             "extractor_weights_sha256": self.extractor.weights_sha256,
-            "metrics": list(evaluate.metrics),
+            "metrics": generative(evaluate),
             "kid_subset_size": evaluate.kid_subset_size,
+        }
+
+    def row(
+        self, config: DictConfig, weights, options, seed: int, protocol: dict, values: dict, seconds: float | None
+    ) -> dict[str, Any]:
+        """A row of the results: `values`, the scores, with all that belongs to them."""
+        return {
+            "id": cell_id(protocol),
+            "label": self.label(config, weights, options, seed),
+            "reference": self.reference.name,
+            "extractor": self.extractor.name,
+            "n": protocol["n"],
+            "scores": values,
+            **self.floor(protocol["n"]),
+            "seconds_per_image": seconds / protocol["n"] if seconds else None,
+            "protocol": protocol,
+            "circumstances": self.circumstances(weights),
         }
 
     def circumstances(self, weights) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from utils import classifier
 from utils.distributed import share
 from utils.fidelity import scores
 from utils.preview import SEED
+from utils.reference import open_for
 from utils.scoring import Scorer
 
 
@@ -27,7 +28,8 @@ class TrainingScore:
         reference = str(Path(config.data.root).resolve()) if is_folder else config.data.name
         config.data.root = reference if is_folder else config.data.root
         self.n, self.options = config.train.n_evaluate, config.sample
-        self.scorer = Scorer.open(accelerator, config, reference, self.n)
+        found = open_for(accelerator, config, reference, None, {})
+        self.scorer = Scorer.open(accelerator, config, found, self.n, None, force=False)
 
     def __call__(self, net: nn.Module, process: GaussianDiffusion, micro_batch: int, dtype) -> dict[str, float]:
         """{"fid[dataset-classifier]@N": value}. A collective; the value is that of the main process."""

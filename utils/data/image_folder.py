@@ -134,3 +134,25 @@ def load_image_folder(options) -> dict[str, ImageSet]:
     if "test" in folders:
         sets["test"] = load_folder(folders["test"], size, channels, name, sets["train"].classes)
     return sets
+
+
+def load_as_is(path: str, option: str) -> ImageSet:
+    """The images below a folder, neither resized nor cut: gray where every file is, else RGB.
+
+    option: the command line's name of the folder, for errors.
+
+    Raises:
+        InputError: no folder, no image, an unreadable one, or sizes that differ or are not square.
+    """
+    paths = find_images(Path(path))
+    headers = [(image, *image_header(image)) for image in paths]
+    first, (width, height), _ = headers[0]
+    for image, size, _ in headers:
+        if size != (width, height):
+            raise InputError(
+                f"{option} {path}: sizes differ: {first.name} is {width}x{height}, {image.name} {size[0]}x{size[1]}"
+            )
+    if width != height:
+        raise InputError(f"{option} {path}: {first.name} is {width}x{height} pixels: not square")
+    channels = 1 if all(is_gray for *_, is_gray in headers) else 3
+    return load_folder(Path(path), width, channels, Path(path).resolve().name)

@@ -1,0 +1,186 @@
+"""The pictures of each mode of sample_ddpm.py, lazily, as (number of the file, uint8 [C, H, W])."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusions import Batch, GaussianDiffusion, time_grid
+from diffusions.inpainting import inpainting
+from diffusions.interpolation import interpolation
+from diffusions.inversion import encode
+from diffusions.noise import randn
+from diffusions.pixels import to_unit
+from utils import modes, precision
+from utils.checkpoint import write_atomically
+from utils.distributed import main_process_first
+from utils.images import enlarge, grid, read_png, strip
+from utils.micro_batch import generate_fitting
+from utils.process import open_process
+from utils.protocol import sampling_identity
+from utils.source import load_mask, load_source
+from utils.weights import Weights
+
+Pictures = Iterator[tuple[int, Tensor]]
+
+
+@dataclass
+class Job:
+    """What all pictures of a call have in common."""
+
+    process: GaussianDiffusion
+    sample: DictConfig  # the config's sample section
+    options: argparse.Namespace  # of sample_ddpm.py
+    precision: str  # no, bf16 or fp16
+    n_frames: int  # per strip, in modes denoise and progressive
+    counts: list[int]  # of sampling steps; more than one in mode consistency
+    source: Tensor | None  # uint8 [N, C, H, W]
+    hole: Tensor | None  # [H, W] bool
+    identity: dict[str, Any]  # what the pictures are a function of
+    net: nn.Module | None = None
+
+    @classmethod
+    def open(cls, options: argparse.Namespace, weights: Weights, keys: dict[str, Any], accelerator) -> Job:
+        """Everything but the network; keys: dotted keys given for this call. Raises InputError for wrong options."""
+        cfg, extra = weights.config, {}
+        process, precision_name = open_process(cfg.diffusion), precision.mixed_precision(cfg.sample.mixed_precision)
+        counts, source, hole = modes.step_counts(options, cfg), None, None
+        n_frames = modes.n_frames(options, counts[0])
+        if options.mask is not None:
+            hole = load_mask(options.mask, cfg.data.image_size)
+            extra |= {"mask": hole.int().tolist(), "n_resample": options.n_resample}
+        if options.source is not None:
+            with main_process_first(accelerator):  # one downloads
+                found, source = load_source(options.source, cfg.data, keys, options.n_samples)
+            extra |= {"source": found.name, "source_sha256": found.content_hash()}
+        if options.mode == "interpolate":
+            extra |= {"n_interpolate": options.n_interpolate, "corners": options.corners}
+        if options.mode == "consistency":
+            extra["grids"] = [time_grid(process.alpha_bar, cfg.sample.skip_type, S).t[:-1].tolist() for S in counts]
+        identity = sampling_identity(weights, cfg, process, options.seed, precision_name)
+        identity |= {"mode": options.mode, "frames": n_frames} | extra
+        return cls(process, cfg.sample, options, precision_name, n_frames, counts, source, hole, identity)
+
+    @property
+    def unit(self) -> str:
+        return {"sample": "images", "interpolate": "squares" if self.options.corners else "rows"}.get(
+            self.options.mode, "strips"
+        )
+
+    def describe(self) -> str:
+        steps = ", ".join(map(str, self.counts))
+        sample = self.sample
+        return f"{sample.sampler}, {sample.skip_type} {steps} steps, {self.precision}, seed {self.options.seed}"
+
+    def images(self, indices: list[int], sample: DictConfig | None = None, **more: Any) -> Iterator[Batch]:
+        return generate_fitting(
+            self.net, self.process, sample or self.sample, indices, self.options.seed, self.options.micro_batch,
+            dtype=precision.DTYPES[self.precision], **more,
+        )  # fmt: skip
+
+    def latents(self, denoise, indices: Tensor, grid) -> Tensor:
+        """x_T of images: those of the source encoded, or the noise that mode sample starts from."""
+        device = next(self.net.parameters()).device
+        if self.source is not None:
+            return encode(denoise, to_unit(self.source[indices].to(device)), grid)
+        shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
+        return randn(self.options.seed, indices, 0, shape, device)
+
+
+def samples(job: Job, files: list[int]) -> Pictures:
+    for batch in job.images(files):
+        yield from zip(batch.indices.tolist(), batch.images)
+
+
+def strips(job: Job, files: list[int]) -> Pictures:
+    view = "x0" if job.options.mode == "progressive" else "x"
+    for batch in job.images(files, n_frames=job.n_frames, view=view):
+        yield from zip(batch.indices.tolist(), map(strip, batch.frames))
+
+
+def interpolations(job: Job, files: list[int]) -> Pictures:
+    n, corners = job.options.n_interpolate, job.options.corners
+    items = [file * (n * n if corners else n) + j for file in files for j in range(n * n if corners else n)]
+    batches = job.images(items, walk=interpolation(job.latents, n, corners))
+    points = (image for batch in batches for image in batch.images)
+    for file in files:
+        square = torch.stack([next(points) for _ in range(n * n if corners else n)])
+        yield file, grid(square, n, padding=0)
+
+
+def reconstructions(job: Job, files: list[int]) -> Pictures:
+    def walk(sampler, denoise, indices, grid, randn):
+        return sampler(denoise, job.latents(denoise, indices, grid), grid, randn)
+
+    for batch in job.images(files, walk=walk):
+        for index, image in zip(batch.indices.tolist(), batch.images):
+            yield index, strip(torch.stack([job.source[index], image]))
+
+
+def inpaintings(job: Job, files: list[int]) -> Pictures:
+    walk = inpainting(to_unit(job.source), job.hole, job.options.n_resample)
+    for batch in job.images(files, walk=walk):
+        for index, image in zip(batch.indices.tolist(), batch.images):
+            known = job.source[index].masked_fill(job.hole, 128)
+            yield index, strip(torch.stack([job.source[index], known, image]))
+
+
+def consistencies(job: Job, files: list[int]) -> Pictures:
+    for rows in torch.tensor(files, dtype=torch.int64).split(job.options.micro_batch or 64) if files else ():
+        columns = []
+        for S in job.counts:
+            sample = job.sample.copy()
+            sample.skip_steps = S
+            columns.append(torch.cat([batch.images for batch in job.images(rows.tolist(), sample)]))
+        yield from zip(rows.tolist(), map(strip, torch.stack(columns, dim=1)))
+
+
+PICTURES: dict[str, Callable[[Job, list[int]], Pictures]] = {
+    "sample": samples,
+    "denoise": strips,
+    "progressive": strips,
+    "interpolate": interpolations,
+    "reconstruct": reconstructions,
+    "inpaint": inpaintings,
+    "consistency": consistencies,
+}
+
+
+def overview(job: Job, paths: Iterable[Path]) -> Tensor:
+    """One picture of the first files: images near square, strips one under the other with gaps between their frames."""
+    mode, corners = job.options.mode, job.options.corners
+    shown = [read_png(path) for path in list(paths)[: 64 if mode == "sample" else 4 if corners else 16]]
+    n_columns = 1 if mode == "sample" or corners else shown[0].shape[-1] // shown[0].shape[-2]
+    frames = [frame for picture in shown for frame in picture.chunk(n_columns, dim=-1)]
+    return enlarge(grid(frames, n_columns if n_columns > 1 else None))
+
+
+def write_animation(path: Path, job: Job, paths: Iterable[Path], milliseconds: int = 120) -> None:
+    """The strips of the first 64 files, played: uint8 frames in a GIF or WebP that repeats, resting on the last one."""
+    strips = torch.stack([read_png(file) for file in list(paths)[:64]])
+    frames = [enlarge(grid(frame)) for frame in strips.chunk(job.n_frames, dim=-1)]
+    played = [Image.fromarray(frame.permute(1, 2, 0).squeeze(-1).numpy()) for frame in frames]
+    durations = [milliseconds] * (len(played) - 1) + [10 * milliseconds]
+    kind = path.suffix[1:].upper()
+    settings = {"save_all": True, "append_images": played[1:], "duration": durations, "loop": 0}
+    write_atomically(path, lambda place: played[0].save(place, kind, **settings, lossless=True))
+
+
+def write_errors(path: Path, files: Iterable[Path]) -> float:
+    """Mean squared error of each side-by-side file's second image against its first, pixels in [0, 1]; their mean.
+
+    Of the pictures as they are stored: rounding to 256 levels alone gives up to 1.3e-6.
+    """
+    pairs = [read_png(file).double().div(255).chunk(2, dim=-1) for file in files]
+    errors = [(real - decoded).square().mean().item() for real, decoded in pairs]
+    lines = [f"{file.name},{error:.6e}" for file, error in zip(files, errors)]
+    write_atomically(path, lambda place: place.write_text("\n".join(["file,error", *lines]) + "\n"))
+    return sum(errors) / len(errors)
