@@ -118,7 +118,7 @@ REFUSED = [
     ("train_ddpm.py", "--model.dim_mults [1,2,${oc.env:HOME}]", ["model.dim_mults", "${oc.env:HOME}"]),
     ("train_ddpm.py", "--data.image_size 9", ["data.image_size = 9", "multiple of 4"]),
     ("sample_ddpm.py", "--n_samples 1 --save_dir out", ["--weights must be given"]),
-    ("sample_ddpm.py", "--sampler plms", ["sample.sampler = 'plms'", "fixed-large, fixed-small, ddim"]),
+    ("sample_ddpm.py", "--sampler plms", ["sample.sampler = 'plms'", "fixed-large, fixed-small, learned-range, ddim"]),
     ("sample_ddpm.py", "--eta 0.5 --sample.eta 0.5", ["--eta", "--sample.eta"]),
     ("sample_ddpm.py", "--load_ema perhaps", ["--load_ema", "perhaps"]),
     ("sample_ddpm.py", "--n_samples 0", ["--n_samples", "'0'"]),
