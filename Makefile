@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 
 demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under five minutes on two CPU cores
 	$(BIN)/python train_ddpm.py -c configs/ddpm_digits.yaml -e $(DEMO) -r auto
-	@for sampler in fixed-large fixed-small ddim; do \
+	@for sampler in fixed-large fixed-small ddim heun dpm++2m unipc; do \
 	  $(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 64 --save_dir $(DEMO)/images/$$sampler --sampler $$sampler --skip_steps 50 || exit 1; done
 	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/denoise --mode denoise --n_denoise 10
 	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/progressive --mode progressive --n_progressive 10

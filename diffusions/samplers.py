@@ -58,16 +58,19 @@ def ddim(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn, *, eta: floa
         yield Step(t, x, x0)
 
 
+NO_SIGNAL = 1e-5  # alpha_bar below which Heun's average, times a sigma above 300, is all rounding and model error
+
+
 def heun(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator[Step]:
     """Heun's second-order method (Karras et al. 2022, algorithm 1) on DDIM's ODE (Song et al. 2021, eq. 14).
 
     That ODE is d(x / sqrt(alpha_bar)) = eps d(sigma) with sigma = sqrt((1 - alpha_bar) / alpha_bar); its Euler step is
-    DDIM's. Steps from alpha_bar = 0, where sigma is infinite, and to the data are Euler's.
+    DDIM's. Steps to the data, and from where sigma is infinite or enormous (the end of the cosine schedule), are Euler's.
     """
     for t, t_prev, ab, ab_prev in grid:
         x0, eps, _ = denoise(x, t)
         euler = ab_prev**0.5 * x0 + (1 - ab_prev) ** 0.5 * eps
-        if ab > 0 and ab_prev < 1:
+        if ab > NO_SIGNAL and ab_prev < 1:
             sigma, sigma_prev = ((1 - ab) / ab) ** 0.5, ((1 - ab_prev) / ab_prev) ** 0.5
             eps_prev = denoise(euler, t_prev).eps
             x = ab_prev**0.5 * (x / ab**0.5 + (sigma_prev - sigma) * (eps + eps_prev) / 2)
