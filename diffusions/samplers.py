@@ -65,7 +65,7 @@ def heun(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator[
     """Heun's second-order method (Karras et al. 2022, algorithm 1) on DDIM's ODE (Song et al. 2021, eq. 14).
 
     That ODE is d(x / sqrt(alpha_bar)) = eps d(sigma) with sigma = sqrt((1 - alpha_bar) / alpha_bar); its Euler step is
-    DDIM's. Steps to the data, and from where sigma is infinite or enormous (the end of the cosine schedule), are Euler's.
+    DDIM's. Steps to the data, and from where sigma is infinite or enormous (the cosine schedule's end), are Euler's.
     """
     for t, t_prev, ab, ab_prev in grid:
         x0, eps, _ = denoise(x, t)
