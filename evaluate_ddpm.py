@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     add("--force", action="store_true", help="score fewer images than the extractor has dimensions")
     options, overrides = parser.parse(argv)
     cli.alias(options, overrides, ALIASES)
+    sweep.check_axes(options, overrides)
     asked = [(options.config, config.read_yaml(options.config))] if options.config else []
     asked.append(("command line", overrides))
     merged = config.merge(*asked)  # a wrong key or value is told before torch is imported

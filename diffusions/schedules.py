@@ -94,9 +94,9 @@ def logsnr_steps(alpha_bar: Tensor, S: int) -> Tensor:
     Where lambda of T - 1 is -inf, the rest is spaced from the finite one before it.
     """
     T, lambdas = len(alpha_bar), half_log_snr(alpha_bar).numpy()
-    lowest = lambdas[np.isfinite(lambdas)].min() if T > 1 else 0.0
-    wanted = np.linspace(lambdas[0], lowest, S)
-    t = np.interp(wanted, lambdas.clip(min=lowest)[::-1], np.arange(T)[::-1]).round().astype(np.int64)
+    lambdas = lambdas.clip(min=lambdas.min(where=np.isfinite(lambdas), initial=lambdas[0].clip(min=0.0)))
+    wanted = np.linspace(lambdas[0], lambdas[-1], S)
+    t = np.interp(wanted, lambdas[::-1], np.arange(T)[::-1]).round().astype(np.int64)
     t[-1] = T - 1
     return torch.from_numpy(t)
 

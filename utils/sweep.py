@@ -17,16 +17,19 @@ AXES = {  # option -> the key that it sweeps over
 }
 
 
+def check_axes(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Raise InputError for an axis that is also given as a dotted key."""
+    for name, dotted in AXES.items():
+        if getattr(options, name) and dotted in overrides:
+            raise InputError(f"--{name} and --{dotted} are the same option: give one of them")
+
+
 def cells(options: argparse.Namespace, asked: list[tuple[str, dict[str, str]]]) -> list[dict[str, str]]:
     """Every combination of the values asked for, each as overrides; few steps, the cheap ones, first.
 
-    A sampler that ignores eta has one cell, not one per eta. Raises InputError for an illegal value, and for an axis
-    that is also given as a dotted key.
+    A sampler that ignores eta has one cell, not one per eta. Raises InputError for an illegal value.
     """
     axes = {name: getattr(options, name) for name in AXES if getattr(options, name)}
-    for name in axes:
-        if any(AXES[name] in keys for where, keys in asked if where == "command line"):
-            raise InputError(f"--{name} and --{AXES[name]} are the same option: give one of them")
     found = []
     for values in itertools.product(*axes.values()):
         cell = {AXES[name]: value for name, value in zip(axes, values)}
