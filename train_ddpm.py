@@ -50,6 +50,7 @@ def train(run) -> int:
     """Train `run` (utils.run_folder.Run) to its last step; returns the exit status."""
     import torch
 
+    from diffusions import build_process
     from diffusions.noise import randn
     from diffusions.pixels import to_unit
     from models import build_model
@@ -60,7 +61,6 @@ def train(run) -> int:
     from utils.meter import Meter
     from utils.optimizer import build_ema, build_optimizer, lr_at
     from utils.preview import preview, validation_loss
-    from utils.process import open_process
     from utils.profiling import profiler
     from utils.run_folder import claim
     from utils.stopping import StopRule
@@ -89,7 +89,7 @@ def train(run) -> int:
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
     net = net.to(device, memory_format=layout)
     net.gradient_checkpointing = opts.gradient_checkpointing
-    process = open_process(cfg.diffusion)
+    process = build_process(cfg.diffusion)
     ema = build_ema(net, opts)
     optimizer = build_optimizer(net, opts)
     if resolved["compile"]:

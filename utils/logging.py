@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import folder_name, write_atomically
 from utils.images import enlarge, write_png
+from utils.process import signal_left
 
 
 class RunLog:
@@ -171,10 +172,8 @@ def banner(log: RunLog, run, net, process, batches, held_out, resolved: dict, st
         "every": f"{opts.save_every:,} steps a checkpoint, {opts.sample_every:,} a preview, "
         f"{opts.valid_every:,} a validation, and at the end",
     }
-    if process.alpha_bar[-1] > 0.01:
-        lines["note"] = (
-            f"alpha_bar_T = {process.alpha_bar[-1]:.3f}: x_T still holds signal, but sampling starts from noise"
-        )
+    if warning := signal_left(process):
+        lines["warning"] = warning
     if start >= n_steps:
         lines["finished"] = f"step {start:,} of {n_steps:,} is done: nothing to do (more: --train.n_steps N)"
     for name, text in lines.items():

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusions import Batch, GaussianDiffusion, time_grid
+from diffusions import Batch, GaussianDiffusion, build_process, time_grid
 from diffusions.inpainting import inpainting
 from diffusions.interpolation import interpolation
 from diffusions.inversion import encode
@@ -21,10 +21,11 @@ from diffusions.noise import randn
 from diffusions.pixels import to_unit
 from utils import modes, precision
 from utils.checkpoint import write_atomically
+from utils.cli import say
 from utils.distributed import main_process_first
 from utils.images import enlarge, grid, read_png, strip
 from utils.micro_batch import generate_fitting
-from utils.process import open_process
+from utils.process import signal_left
 from utils.protocol import sampling_identity
 from utils.source import load_mask, load_source
 from utils.weights import Weights
@@ -51,7 +52,9 @@ class Job:
     def open(cls, options: argparse.Namespace, weights: Weights, keys: dict[str, Any], accelerator) -> Job:
         """Everything but the network; keys: dotted keys given for this call. Raises InputError for wrong options."""
         cfg, extra = weights.config, {}
-        process, precision_name = open_process(cfg.diffusion), precision.mixed_precision(cfg.sample.mixed_precision)
+        process, precision_name = build_process(cfg.diffusion), precision.mixed_precision(cfg.sample.mixed_precision)
+        if warning := signal_left(process):
+            say(f"warning: {warning}")
         counts, source, hole = modes.step_counts(options, cfg), None, None
         n_frames = modes.n_frames(options, counts[0])
         if options.mask is not None:
