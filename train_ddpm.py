@@ -109,7 +109,7 @@ def train(run) -> int:
     share = opts.batch_size // world
     micro_batch = min(opts.micro_batch or share, share)
     model.train()
-    with profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
+    with stop, profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
             x0 = to_unit(images).contiguous(memory_format=layout)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
@@ -134,7 +134,7 @@ def train(run) -> int:
             ema.update()
 
             done, shown = step + 1, {}
-            ends, stops = done == n_steps, stop.time_is_up(done)
+            ends, stops = done == n_steps, stop.wants_stop(done)
             if done % opts.log_every == 0 or ends:
                 values = meter.read()
                 shown = {"loss": values["loss"], "lr": lr} | log.rate(done, opts.batch_size)
@@ -157,12 +157,10 @@ def train(run) -> int:
             profile.step()
             log.progress(**shown)
             if stops and not ends:
-                log.say(
-                    f"stopped     after {opts.max_hours:g} hours at step {done:,}; go on with -e {run.folder} -r auto"
-                )
+                log.say(f"stopped     by {stop.describe()} at step {done:,}; go on with -e {run.folder} -r auto")
                 break
     log.close()
-    return 0
+    return stop.status if done < n_steps else 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
@@ -23,6 +23,7 @@ from utils.checkpoint import (
 from utils.cli import say
 from utils.config import differences, merge, read_yaml, to_yaml
 from utils.errors import InputError
+from utils.run_lock import lock
 
 MAY_CHANGE = (
     "train.n_steps",
@@ -50,6 +51,7 @@ class Run:
     config: DictConfig
     checkpoint: Path | None = None
     aside: dict[Path, str] = field(default_factory=dict)  # checkpoints to rename before training: folder -> suffix
+    lock: IO[str] | None = None  # held while this process trains
 
     def stored_state(self) -> dict[str, Any]:
         """state.json of the checkpoint; empty for a run that starts from nothing."""
@@ -133,12 +135,25 @@ def claim(run: Run, accelerator) -> None:
     """
     run.folder = Path(broadcast_object_list([str(run.folder)])[0])
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for folder, suffix in run.aside.items():
-            say(f"{folder.name} is now {quarantine(folder, suffix).name}")
-        write_atomically(run.folder / "config.yaml", lambda path: path.write_text(to_yaml(run.config)))
-    except OSError as error:
-        raise InputError(f"run folder {run.folder} can't be written: {error.strerror}") from None
+    why = None
+    if accelerator.is_main_process:
+        try:
+            _claim(run)
+        except InputError as error:
+            why = str(error)
+        except OSError as error:
+            why = f"run folder {run.folder} can't be written: {error.strerror}"
+    why = broadcast_object_list([why])[0]  # no process goes on alone
+    if why:
+        raise InputError(why)
+
+
+def _claim(run: Run) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.lock = lock(run.folder)
+    found = [step_of(path) for path in published(run.folder) if path not in run.aside]
+    if max(found, default=-1) > (step_of(run.checkpoint) if run.checkpoint else -1):
+        raise InputError(f"{run.folder} was trained further meanwhile: start again with -r auto")
+    for folder, suffix in run.aside.items():
+        say(f"{folder.name} is now {quarantine(folder, suffix).name}")
+    write_atomically(run.folder / "config.yaml", lambda path: path.write_text(to_yaml(run.config)))

@@ -1,7 +1,9 @@
-"""When training ends before its last step: the wall-time limit, and gradients that stay non-finite."""
+"""When training ends before its last step: signals, the wall-time limit, and gradients that stay non-finite."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 
 import torch
@@ -10,23 +12,59 @@ from torch import Tensor
 
 from utils.errors import TrainingDiverged
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TIME_IS_UP = -1
+
 
 class StopRule:
-    """Decides, on all processes alike, whether to go on."""
+    """Decides, on all processes alike, whether to go on. As a context it listens to SIGNALS.
 
-    CHECK_EVERY = 10  # updates; the wall-time check is a collective
+    A signal to any process stops all at the next update divisible by CHECK_EVERY, so that no collective is paid at
+    every step. A second Ctrl-C, a second or more after the first, leaves at once (a launcher passes the first one on
+    to processes that the terminal has told already).
+    """
+
+    CHECK_EVERY = 10  # updates
 
     def __init__(self, accelerator: Accelerator, options) -> None:
         self.accelerator, self.started = accelerator, time.monotonic()
         self.max_hours, self.max_bad_steps = options.max_hours, options.max_bad_steps
+        self.received, self.received_at, self.reason = 0, 0.0, 0
 
-    def time_is_up(self, done: int) -> bool:
-        """True, on every process, at the first update divisible by CHECK_EVERY after train.max_hours."""
-        if self.max_hours is None or done % self.CHECK_EVERY:
+    def __enter__(self) -> StopRule:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.received == number and time.monotonic() - self.received_at > 1:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self.received_at = number, time.monotonic()
+
+    def wants_stop(self, done: int) -> bool:
+        """Whether to save and stop after `done` updates; the same on every process. Sets `reason`."""
+        if done % self.CHECK_EVERY:
             return False
-        late = torch.tensor(float(time.monotonic() - self.started > self.max_hours * 3600))
-        late = late.to(self.accelerator.device)
-        return bool(self.accelerator.reduce(late, "sum") > 0)
+        late = self.max_hours is not None and time.monotonic() - self.started > self.max_hours * 3600
+        found = [self.received or (TIME_IS_UP if late else 0)]
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.gather(torch.tensor(found, device=self.accelerator.device)).tolist()
+        self.reason = max(found) or min(found)
+        return self.reason != 0
+
+    @property
+    def status(self) -> int:
+        """The exit status of a stopped run: 128 + the signal's number; 0 where the time was up."""
+        return 128 + self.reason if self.reason > 0 else 0
+
+    def describe(self) -> str:
+        return f"{self.max_hours:g} hours" if self.reason == TIME_IS_UP else signal.Signals(self.reason).name
 
     def skip_if_bad(self, optimizer, bad: Tensor) -> None:
         """Let the fused optimizer leave everything as it is where `bad` is 1, without waiting for the device.
