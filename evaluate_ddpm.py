@@ -85,7 +85,7 @@ def evaluate(options, cfg, weights, cells: list[dict[str, str]], data_keys: dict
     """Score each cell that is not in the results yet, and print the table."""
     from utils import distributed, precision
     from utils.data.image_folder import load_as_is
-    from utils.distributed import on_main
+    from utils.distributed import from_main
     from utils.fidelity import scores
     from utils.likelihood import bound_row, chains
     from utils.reference import features_of, open_for
@@ -96,7 +96,7 @@ def evaluate(options, cfg, weights, cells: list[dict[str, str]], data_keys: dict
     exact = precision.mixed_precision(cfg.sample.mixed_precision) == "no"
     precision.set_determinism(precision.wants_determinism("auto"), tf32=not exact)
     results = Results(Path(options.out or default_out(options, weights)))
-    known = lambda identity: on_main(accelerator, results.find(identity) is not None)
+    known = lambda identity: from_main(accelerator, results.find(identity) is not None)
     images = load_as_is(options.images, "--images") if options.images else None
     n = len(images) if options.images else cfg.evaluate.n_samples
     reference = open_for(accelerator, cfg, options.reference, images, data_keys)

@@ -109,7 +109,7 @@ def train(run) -> int:
     share = opts.batch_size // world
     micro_batch = min(opts.micro_batch or share, share)
     model.train()
-    with stop, profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
+    with log, stop, profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
             x0 = to_unit(images).contiguous(memory_format=layout)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
@@ -152,8 +152,9 @@ def train(run) -> int:
             if score and (done % opts.evaluate_every == 0 or ends):
                 log.metrics(done, score(ema.ema_model, process, share, dtype))
             if done % opts.save_every == 0 or ends or stops:
-                training_state.save(run, done, accelerator, net, ema, optimizer, meter, resolved=resolved)
-                log.saved(done)
+                training_state.save(
+                    run, done, accelerator, net, ema, optimizer, meter, log, must=ends or stops, resolved=resolved
+                )
             profile.step()
             log.progress(**shown)
             if stops and not ends:

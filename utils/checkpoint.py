@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from utils.errors import InputError
+from utils.errors import InputError, SaveFailed
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step(\d{6,})$")
@@ -73,6 +74,7 @@ def publish(
 
     Raises:
         ValueError: a weight is not finite.
+        SaveFailed: a full disk, a quota, a folder that is gone; nothing is left behind.
     """
     target = ckpt_dir / folder_name(step)
     if target.exists():
@@ -83,25 +85,32 @@ def publish(
         broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise ValueError(f"the {kind} weights of step {step} are not finite ({broken[0]}): nothing was published")
-    ckpt_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in ckpt_dir.glob(".staging-*"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=ckpt_dir))
-    (staging / "config.yaml").write_text(config_yaml)
-    save_file(_plain(model), staging / "model.safetensors")
-    save_file(_plain(ema), staging / "ema.safetensors")
-    torch.save(optimizer, staging / "optimizer.pt")
-    (staging / "state.json").write_text(json.dumps(state, indent=1))
-    files = sorted(staging.iterdir())
-    for path in files:
-        _fsync(path)
-    manifest = {"step": step, "sha256": {path.name: sha256(path) for path in files}}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _fsync(staging / MANIFEST)
-    _fsync(staging)
-    os.chmod(staging, 0o755)
-    os.rename(staging, target)
-    _fsync(ckpt_dir)
+    staging = None
+    try:
+        ckpt_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in ckpt_dir.glob(".staging-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=ckpt_dir))
+        (staging / "config.yaml").write_text(config_yaml)
+        save_file(_plain(model), staging / "model.safetensors")
+        save_file(_plain(ema), staging / "ema.safetensors")
+        torch.save(optimizer, staging / "optimizer.pt")
+        (staging / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(staging.iterdir())
+        for path in files:
+            _fsync(path)
+        manifest = {"step": step, "sha256": {path.name: sha256(path) for path in files}}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _fsync(staging / MANIFEST)
+        _fsync(staging)
+        os.chmod(staging, 0o755)
+        os.rename(staging, target)
+        _fsync(ckpt_dir)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two are how writers name a full disk
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise SaveFailed(f"the checkpoint of step {step:,} could not be written: {why}") from error
     return target
 
 

@@ -110,6 +110,7 @@ class Train:
     valid_every: int = key(5000, "updates between validation losses", ge=1)
     evaluate_every: int | None = key(None, "updates between FIDs with dataset-classifier; null: never", ge=1)
     n_evaluate: int = key(2000, "images generated for such a score", ge=1)
+    save_failure: Literal["go_on", "stop"] = key("go_on", "what a checkpoint that can't be written does to the run")
     keep_last: int | None = key(3, "newest checkpoints to keep; null: all", ge=1)
     n_samples: int = key(64, "images in a preview", ge=1)
     n_valid: int = key(2048, "validation images used at most", ge=1)

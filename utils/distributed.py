@@ -82,8 +82,8 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
     return torch.cat([part for part in parts if len(part)] or parts)  # a process without rows knows no width
 
 
-def on_main(accelerator: Accelerator, value: bool) -> bool:
-    """What the main process thinks, on every process. A collective."""
+def from_main(accelerator: Accelerator, value: Any) -> Any:
+    """The main process's value, on every process. A collective."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 

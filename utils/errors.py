@@ -17,13 +17,17 @@ class TrainingDiverged(Exception):
     """Too many updates in a row had a non-finite gradient; the message names the last good checkpoint."""
 
 
+class SaveFailed(Exception):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
 def is_main_process() -> bool:
     """True on the process that may speak, known from the launcher's environment before torch is imported."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` and exit with its status: 2 for wrong input, 1 for a diverged training, 130 for Ctrl-C.
+    """Run `main(argv)` and exit with its status: 2 wrong input, 1 a diverged or unsaved training, 130 Ctrl-C.
 
     Each of these is one line on stderr, from the main process only. Anything else keeps its traceback.
     """
@@ -34,7 +38,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         status, line, speaks = 2, f"error: {error}", True
     except InputError as error:
         status, line = 2, f"error: {error}"
-    except TrainingDiverged as error:
+    except (TrainingDiverged, SaveFailed) as error:
         status, line = 1, f"stopped: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"

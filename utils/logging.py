@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,16 @@ from utils.process import signal_left
 
 
 class RunLog:
-    """Logs of one run folder. Only the main process writes; the others' calls do nothing."""
+    """Logs of one run folder. Only the main process writes; the others' calls do nothing. As a context: the bar."""
 
     def __init__(self, accelerator: Accelerator, run: Path, step: int, n_steps: int) -> None:
         """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go."""
         self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
         self.metrics_path = run / "metrics.jsonl"
-        self.bar, self.step, self.n_steps = None, step, n_steps
+        self.bar, self.step, self.n_steps, self.unwritten = None, step, n_steps, set()
         if self.main:
             cut_metrics(self.metrics_path, step)
+        threading.excepthook = _leave_disk_errors_to_the_caller
         tracker = {"tensorboard": {"purge_step": step + 1}}
         accelerator.init_trackers("tensorboard", init_kwargs=tracker)
         self.clock, self.clock_step = time.monotonic(), step
@@ -40,29 +43,40 @@ class RunLog:
 
     def record(self, text: str) -> None:
         """A line in train.log alone."""
-        if self.main:
-            append_line(self.run / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        self._write("train.log", lambda: append_line(self.run / "train.log", line))
+
+    def _write(self, what: str, write: Callable[[], Any], everywhere: bool = False) -> None:
+        """Write a file of the log on the main process. One that can't be is told once: training is worth more."""
+        try:
+            if self.main or everywhere:
+                write()
+        except OSError as error:
+            if what not in self.unwritten:
+                tqdm.write(f"warning: {what} can't be written: {error.strerror}; training goes on", file=sys.stderr)
+            self.unwritten.add(what)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and as many TensorBoard scalars."""
-        if self.main:
-            append_line(self.metrics_path, json.dumps({"step": step, **values}))
-        self.accelerator.log({name: float(value) for name, value in values.items()}, step=step)
+        self._write("metrics.jsonl", lambda: append_line(self.metrics_path, json.dumps({"step": step, **values})))
+        scalars = {name: float(value) for name, value in values.items()}
+        self._write("tensorboard", lambda: self.accelerator.log(scalars, step=step))
 
     def preview(self, step: int, picture: Tensor) -> None:
         """A grid of samples, uint8 [C, H, W], as samples/stepNNNNNN.png and in TensorBoard."""
-        if self.main:
-            folder = self.run / "samples"
-            folder.mkdir(exist_ok=True)
-            write_png(folder / f"step{step:06d}.png", enlarge(picture))
+        self._write("samples/", lambda: self._write_preview(step, picture))
+
+    def _write_preview(self, step: int, picture: Tensor) -> None:
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        write_png(folder / f"step{step:06d}.png", enlarge(picture))
         for tracker in self.accelerator.trackers:
             tracker.log_images({"samples": picture[None].numpy()}, step=step)
 
     def saved(self, step: int) -> None:
         """Tell of a checkpoint, and draw the curves up to it."""
         self.say(f"saved       {self.run / 'ckpt' / folder_name(step)}")
-        if self.main:
-            draw_curves(self.run)
+        self._write("curves.png", lambda: draw_curves(self.run))
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
         """Images per second since the last call."""
@@ -87,11 +101,22 @@ class RunLog:
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         self.bar.update()
 
-    def close(self) -> None:
-        """Finish the bar and the trackers."""
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.accelerator.end_training()
+
+    def close(self) -> None:
+        """Finish the trackers and the process group."""
+        self._write("tensorboard", self.accelerator.end_training, everywhere=True)
+
+
+def _leave_disk_errors_to_the_caller(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread hands its error to the next call, which tells of it; no traceback besides."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 def append_line(path: Path, line: str) -> None:

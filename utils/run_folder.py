@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
 from utils.checkpoint import (
@@ -22,6 +21,7 @@ from utils.checkpoint import (
 )
 from utils.cli import say
 from utils.config import differences, merge, read_yaml, to_yaml
+from utils.distributed import from_main
 from utils.errors import InputError
 from utils.run_lock import lock
 
@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.sample_every",
     "train.valid_every",
     "train.evaluate_every",
+    "train.save_failure",
     "train.keep_last",
     "train.log_with",
     "train.max_hours",
@@ -133,7 +134,7 @@ def claim(run: Run, accelerator) -> None:
 
     All processes looked at the folder before this; the main one changes it now, and its choice of folder holds for all.
     """
-    run.folder = Path(broadcast_object_list([str(run.folder)])[0])
+    run.folder = from_main(accelerator, run.folder)
     accelerator.wait_for_everyone()
     why = None
     if accelerator.is_main_process:
@@ -143,7 +144,7 @@ def claim(run: Run, accelerator) -> None:
             why = str(error)
         except OSError as error:
             why = f"run folder {run.folder} can't be written: {error.strerror}"
-    why = broadcast_object_list([why])[0]  # no process goes on alone
+    why = from_main(accelerator, why)  # no process goes on alone
     if why:
         raise InputError(why)
 

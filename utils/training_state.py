@@ -12,16 +12,22 @@ from torch import nn
 
 from utils import checkpoint
 from utils.config import to_yaml
-from utils.errors import InputError
+from utils.distributed import from_main
+from utils.errors import InputError, SaveFailed
 from utils.meter import Meter
 
 
 def save(
-    run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, **more: Any
-) -> None:
-    """Publish a checkpoint of `step` updates, then prune. A collective; the main process writes.
+    run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, log, must: bool,
+    **more: Any,
+) -> None:  # fmt: skip
+    """Publish a checkpoint of `step` updates, prune, and tell the log. A collective; the main process writes.
 
+    One that can't be written is told as well, and the run goes on, unless it must be or train.save_failure says stop.
     more: further JSON values for state.json, such as what `auto` was resolved to.
+
+    Raises:
+        SaveFailed: on every process.
     """
     state = {
         "step": step,
@@ -30,13 +36,25 @@ def save(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         **more,
     }
+    why = None
     if accelerator.is_main_process:
         folder = run.folder / "ckpt"
         optimizer_state = _on_cpu(optimizer.state_dict())
-        checkpoint.publish(
-            folder, step, to_yaml(run.config), net.state_dict(), ema.ema_model.state_dict(), optimizer_state, state
-        )
-        checkpoint.prune(run.folder, run.config.train.keep_last)
+        try:
+            checkpoint.publish(
+                folder, step, to_yaml(run.config), net.state_dict(), ema.ema_model.state_dict(), optimizer_state, state
+            )
+            checkpoint.prune(run.folder, run.config.train.keep_last)
+        except SaveFailed as error:
+            why = str(error)
+    why = from_main(accelerator, why)
+    if why is None:
+        log.saved(step)
+        return
+    why += f"; the checkpoints before it in {run.folder / 'ckpt'} are untouched"
+    log.say(f"not saved   {why}")
+    if must or run.config.train.save_failure == "stop":
+        raise SaveFailed(why)
 
 
 def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer) -> dict[str, Any]:
