@@ -1,8 +1,11 @@
 """The scripts called within the test's own process, which spares the imports; and a network that is not trained."""
 
+import io
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,19 +35,18 @@ KEYS = {
 }
 
 # Accelerate keeps its state in the process; a script expects a fresh one.
-TWO = """
+DRIVER = """
 import runpy, sys
+sys.path.insert(0, {root!r})
 from accelerate.state import AcceleratorState
-statuses = []
 for line in open(sys.argv[1]).read().splitlines():
-    script, *sys.argv[1:] = line.split("\\t")
-    sys.argv[0] = script
+    sys.argv[:] = line.split("\\t")
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        statuses.append(end.code)
+        if end.code:
+            raise
     AcceleratorState._reset_state(reset_partial_state=True)
-sys.exit(max(statuses))
 """
 
 
@@ -61,45 +63,45 @@ def random_weights(folder: Path, **changes: object) -> Path:
     return folder / "net.safetensors"
 
 
-class Shell:
-    """Calls of a script's main in a folder, as its command line would be."""
-
-    def __init__(self, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-        self.cwd, self.monkeypatch, self.capsys = cwd, monkeypatch, capsys
-        monkeypatch.chdir(cwd)
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-    def __call__(self, main: Callable, *args: object, status: int = 0) -> SimpleNamespace:
-        """Run to the end and check the exit status; returns stdout and stderr."""
-        self.monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
-        self.capsys.readouterr()
-        deterministic = torch.are_deterministic_algorithms_enabled()
+def call(main: Callable, *args: object, cwd: Path, status: int = 0) -> SimpleNamespace:
+    """A script's main in a folder, as its command line would run it; checks the exit status."""
+    out, err = io.StringIO(), io.StringIO()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             run_script(main)
-        torch.use_deterministic_algorithms(deterministic)
-        out, err = self.capsys.readouterr()
-        assert end.value.code == status, f"status {end.value.code}\n{out}\n{err}"
-        return SimpleNamespace(stdout=out, stderr=err)
+    torch.use_deterministic_algorithms(deterministic)
+    done = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+    assert end.value.code == status, f"status {end.value.code}\n{done.stdout}\n{done.stderr}"
+    return done
 
-    def refused(self, main: Callable, *args: object, says: list[str]) -> None:
-        """Status 2, one line on stderr that says what it must, and nothing written."""
-        before = {path: path.is_file() and path.read_bytes() for path in self.cwd.rglob("*")}
-        done = self(main, *args, status=2)
-        assert done.stdout == "" and done.stderr.startswith(f"{main.__module__}.py: error: "), done.stderr
-        assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n"), done.stderr
-        missing = [part for part in says if part not in done.stderr]
-        assert not missing, f"{done.stderr!r} does not say {missing}"
-        assert {path: path.is_file() and path.read_bytes() for path in self.cwd.rglob("*")} == before
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(main: Callable, *args: object, cwd: Path, says: list[str]) -> None:
+    """Status 2, one line on stderr that says what it must, and nothing changed."""
+    before = contents(cwd)
+    done = call(main, *args, cwd=cwd, status=2)
+    assert done.stdout == "" and done.stderr.startswith(f"{main.__module__}.py: error: "), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n"), done.stderr
+    missing = [part for part in says if part not in done.stderr]
+    assert not missing, f"{done.stderr!r} does not say {missing}"
+    assert contents(cwd) == before
 
 
 def on_two_processes(cwd: Path, *calls: list[object]) -> None:
     """Each call is [script, argument, ...]; one launch for all of them, because starting is what takes long."""
     lines = ["\t".join([str(ROOT / script), *map(str, args)]) for script, *args in calls]
-    (cwd / "calls.txt").write_text("\n".join(lines))
-    (cwd / "calls.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{TWO}")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", cwd / "calls.py"]
-    done = subprocess.run(
-        [*launch, cwd / "calls.txt"], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
-    )
+    with tempfile.TemporaryDirectory() as place:
+        driver, listed = Path(place, "calls.py"), Path(place, "calls.txt")
+        driver.write_text(DRIVER.format(root=str(ROOT)))
+        listed.write_text("\n".join(lines))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, listed]
+        done = subprocess.run(launch, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]

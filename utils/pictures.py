@@ -158,12 +158,14 @@ PICTURES: dict[str, Callable[[Job, list[int]], Pictures]] = {
 
 
 def overview(job: Job, paths: Iterable[Path]) -> Tensor:
-    """One picture of the first files: images near square, strips one under the other with gaps between their frames."""
+    """One picture of the first files: images near square, strips with gaps between frames, short ones several a row."""
     mode, corners = job.options.mode, job.options.corners
     shown = [read_png(path) for path in list(paths)[: 64 if mode == "sample" else 4 if corners else 16]]
-    n_columns = 1 if mode == "sample" or corners else shown[0].shape[-1] // shown[0].shape[-2]
-    frames = [frame for picture in shown for frame in picture.chunk(n_columns, dim=-1)]
-    return enlarge(grid(frames, n_columns if n_columns > 1 else None))
+    if mode == "sample" or corners:
+        return enlarge(grid(shown))
+    per_strip = shown[0].shape[-1] // shown[0].shape[-2]
+    frames = [frame for picture in shown for frame in picture.chunk(per_strip, dim=-1)]
+    return enlarge(grid(frames, per_strip * max(1, 8 // per_strip)))
 
 
 def write_animation(path: Path, job: Job, paths: Iterable[Path], milliseconds: int = 120) -> None:
