@@ -21,6 +21,7 @@ from utils.errors import run_script
 KEYS = {
     "data.image_size": 8,
     "data.channels": 1,
+    "data.valid_fraction": 0.9,
     "model.dim": 8,
     "model.dim_mults": [1, 2],
     "model.norm_groups": 4,
@@ -29,16 +30,18 @@ KEYS = {
     "diffusion.total_steps": 20,
     "diffusion.beta_schedule": "cosine",
     "diffusion.objective": "pred_v",
-    "sample.sampler": "fixed-small",
+    "sample.sampler": "ddim",
     "sample.skip_type": "trailing",
     "sample.mixed_precision": "no",
 }
 
-# Accelerate keeps its state in the process; a script expects a fresh one.
+# Accelerate keeps its state in the process, and a script expects a fresh one; the process group is started once.
 DRIVER = """
 import runpy, sys
 sys.path.insert(0, {root!r})
+import torch
 from accelerate.state import AcceleratorState
+destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *args: None
 for line in open(sys.argv[1]).read().splitlines():
     sys.argv[:] = line.split("\\t")
     try:
@@ -47,6 +50,7 @@ for line in open(sys.argv[1]).read().splitlines():
         if end.code:
             raise
     AcceleratorState._reset_state(reset_partial_state=True)
+destroy()
 """
 
 

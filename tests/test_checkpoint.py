@@ -5,15 +5,19 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from utils import checkpoint, config, training_state
 from utils.checkpoint import load_weights, newest, problem, prune, publish, published, read_optimizer, read_weights
-from utils.errors import InputError
+from utils.errors import InputError, SaveFailed
 from utils.optimizer import build_ema
 
 PARTS = ("config.yaml", "ema.safetensors", "model.safetensors", "optimizer.pt", "state.json")
@@ -127,7 +131,7 @@ def test_an_error_while_writing_leaves_the_previous_checkpoint_good(tmp_path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(f"utils.checkpoint.{where}", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(SaveFailed, match="step 2 could not be written: No space left"):
             save(tmp_path, 2)
     assert problem(good) is None and newest(tmp_path, pytest.fail) == (good, [])
     again = save(tmp_path, 2)  # the same step can be written once there is room
@@ -283,3 +287,22 @@ def test_a_pickle_payload_is_an_error_and_never_runs(tmp_path, zipped):
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker))).close()
     assert marker.exists()  # the payload is a real one
+
+
+def test_verify_from_the_command_line(tmp_path, trained):
+    copied = shutil.copytree(trained, tmp_path / "run")
+    verify = lambda *args: subprocess.run(
+        [sys.executable, "-m", "utils.checkpoint", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    done = verify("verify", copied)
+    assert (done.returncode, done.stdout) == (0, "step000006  good\nstep000012  good\n")
+    file = copied / "ckpt/step000006/ema.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    done = verify("verify", copied)
+    assert done.returncode == 1 and "step000006  BAD: ema.safetensors is damaged" in done.stdout
+    assert verify("verify", copied / "ckpt/step000012").returncode == 0
+    for args in ([], ["verify", tmp_path / "nothing"], ["verify", tmp_path]):
+        done = verify(*args)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from utils.errors import InputError, SaveFailed
+from utils.errors import InputError, SaveFailed, run_script
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step(\d{6,})$")
@@ -217,3 +217,25 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: Pat
         parts = [f"{len(names)} {what} (such as {names[0]})" for what, names in kinds.items() if names]
         raise InputError(f"{source} holds weights of another architecture: {'; '.join(parts)}")
     model.load_state_dict(weights)
+
+
+def verify(argv: list[str]) -> int:
+    """`python -m utils.checkpoint verify RUN`: a line per checkpoint; status 0 where every one is good, else 1."""
+    if len(argv) != 2 or argv[0] != "verify":
+        raise InputError("usage: python -m utils.checkpoint verify RUN (a run folder or a checkpoint folder)")
+    place = Path(argv[1])
+    found = [place] if is_checkpoint_name(place) and place.is_dir() else published(place)
+    if not found:
+        raise InputError(f"{place}: {'no checkpoint in it' if place.is_dir() else 'no such folder'}")
+    problems = {folder: problem(folder) for folder in found}
+    for folder, why in problems.items():
+        print(f"{folder.name}  {'good' if why is None else f'BAD: {why}'}")
+    best = found[0].parent / "best"
+    if best.is_symlink() and not best.exists():
+        print(f"best  BAD: points to {os.readlink(best)}, which is not there")
+        return 1
+    return int(any(problems.values()))
+
+
+if __name__ == "__main__":
+    run_script(verify)
