@@ -62,27 +62,31 @@ def main(argv: list[str]) -> int:
     of_weights += [name for name in sweep.AXES if getattr(options, name)]
     if options.images and of_weights:
         raise InputError(f"--{of_weights[0]} goes with --weights: a folder is scored as it is")
+    if not merged.evaluate.metrics:
+        raise InputError("evaluate.metrics is empty: name at least one")
     if options.images and "bpd" in merged.evaluate.metrics:
         raise InputError("the metric bpd is of a network: it needs --weights")
     cli.require(options, *([] if options.print_config else ["reference"]))
     cells = sweep.cells(options, asked)
     data_keys = {name: value for _, keys in asked for name, value in keys.items() if name.startswith("data.")}
     if options.images:
-        return evaluate(options, merged, None, cells, data_keys)
+        return evaluate(options, merged, None, [merged], data_keys)
 
     from utils.weights import open_weights
 
     weights = open_weights(options.weights, options.load_ema, asked)
+    keys = {name for _, layer in asked for name in layer}
+    cells = [sweep.apply(weights.config, cell, keys) for cell in cells]
     for cell in cells:
-        constraints.check(config.merge(("command line", cell), base=weights.config), training=False)
+        constraints.check(cell, training=False)
     if options.print_config:
         print(config.to_yaml(weights.config), end="")
         return 0
     return evaluate(options, weights.config, weights, cells, data_keys)
 
 
-def evaluate(options, cfg, weights, cells: list[dict[str, str]], data_keys: dict[str, str]) -> int:
-    """Score each cell that is not in the results yet, and print the table."""
+def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
+    """Score each cell (a configuration) that is not in the results yet, and print the table."""
     from utils import distributed, precision
     from utils.data.image_folder import load_as_is
     from utils.distributed import from_main
@@ -100,17 +104,15 @@ def evaluate(options, cfg, weights, cells: list[dict[str, str]], data_keys: dict
     images = load_as_is(options.images, "--images") if options.images else None
     n = len(images) if options.images else cfg.evaluate.n_samples
     reference = open_for(accelerator, cfg, options.reference, images, data_keys)
-    metrics = generative(cfg.evaluate)
+    metrics, seeds = generative(cfg.evaluate), range(options.seed, options.seed + options.repeats)
     scorer = Scorer.open(accelerator, cfg, reference, n, images, options.force) if metrics else None
-    sampled = [config.merge(("command line", cell), base=cfg) for cell in cells]
     if "bpd" in cfg.evaluate.metrics:
-        for chain in chains([cell.sample.sampler for cell in sampled], cfg.diffusion.learn_variance):
-            row = bound_row(accelerator, cfg, weights, options, reference.images, chain, known)
+        found = chains([cell.sample.sampler for cell in cells], cfg.diffusion.learn_variance)
+        for chain, seed in itertools.product(found, seeds):
+            row = bound_row(accelerator, cfg, weights, seed, options.micro_batch, reference.images, chain, known)
             if row and accelerator.is_main_process:
                 results.add(row)
-    for cell, seed in itertools.product(
-        sampled if metrics else [], range(options.seed, options.seed + options.repeats)
-    ):
+    for cell, seed in itertools.product(cells if metrics else [], seeds):
         protocol = scorer.protocol(cell, weights, seed, images, n)
         if known(cell_id(protocol)):
             cli.say(f"{scorer.label(cell, weights, options, seed)}: already in {results.out}")

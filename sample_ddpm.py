@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from utils import cli, config, constraints, modes
-from utils.errors import run_script
+from utils.errors import is_main_process, run_script
 
 __doc__ += "".join(f"  {name:<12} {mode.shows}\n" for name, mode in modes.MODES.items())
 ALIASES = {name: f"sample.{name}" for name in ("sampler", "skip_type", "skip_steps", "eta")}
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     add("--mask", metavar="FILE|SIDE", help="what to fill in: white in a picture, or left, right, top, bottom, center")
     add("--n_resample", type=cli.positive, metavar="N", help=f"passes per inpainting step ({modes.N_RESAMPLE})")
     options, overrides = parser.parse(argv)
-    modes.check_options(options)
+    look_only = options.print_config or (options.show_grid and options.save_dir is None)
+    modes.check_options(options, overrides, look_only)
     cli.alias(options, overrides, ALIASES)
 
     asked = [(options.config, config.read_yaml(options.config))] if options.config else []
@@ -53,7 +54,6 @@ def main(argv: list[str]) -> int:
     if options.print_config and options.weights is None:
         print(config.to_yaml(config.merge(*asked)), end="")
         return 0
-    look_only = options.print_config or (options.show_grid and options.save_dir is None)
     cli.require(options, "weights", *([] if look_only else ["n_samples", "save_dir"]))
 
     from utils.weights import open_weights
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     if options.print_config:
         print(config.to_yaml(weights.config), end="")
         return 0
-    if options.show_grid:
+    if options.show_grid and is_main_process():
         print_grids(options, weights.config)
     return 0 if look_only else sample(options, weights, keys)
 
@@ -98,7 +98,7 @@ def sample(options, weights, keys) -> int:
     job.net = load_network(weights, accelerator.device)
     accelerator.wait_for_everyone()  # every process has looked at the folder before the main one changes it
     if accelerator.is_main_process:
-        start_folder(folder, job.identity, circumstances(weights, accelerator))
+        start_folder(folder, job.identity, circumstances(weights, accelerator) | {"source": options.source})
     accelerator.wait_for_everyone()
 
     todo = missing(folder, n_files)

@@ -140,7 +140,7 @@ class Sampler:
     needs_variance: bool = False  # works only with a network that predicts its variance
 
     def evaluations(self, S: int) -> int:
-        """Network evaluations of S steps to the data; of heun one less where it starts without signal."""
+        """Network evaluations of S steps to the data; heun's steps from below NO_SIGNAL take one less."""
         return (S - 1) * self.evals_per_step + 1
 
     def __call__(

@@ -57,7 +57,7 @@ def cumulative_alpha(betas: Tensor) -> Tensor:
 
 
 def half_log_snr(alpha_bar: Tensor) -> Tensor:
-    """lambda = log(alpha / sigma) = log(alpha_bar / (1 - alpha_bar)) / 2, -inf to inf (Lu et al. 2022, section 2)."""
+    """lambda = log(alpha / sigma) = log(alpha_bar / (1 - alpha_bar)) / 2 (Lu et al. 2022, arXiv 2206.00927)."""
     return (alpha_bar.log() - torch.log1p(-alpha_bar)) / 2
 
 
@@ -89,7 +89,7 @@ def linspace_steps(alpha_bar: Tensor, S: int) -> Tensor:
 
 
 def logsnr_steps(alpha_bar: Tensor, S: int) -> Tensor:
-    """Evenly spaced in lambda, the half log SNR, from T - 1 to 0, rounded (Lu et al. 2022, section 3.4).
+    """Evenly spaced in lambda, the half log SNR, from T - 1 to 0, rounded (Lu et al. 2022, arXiv 2206.00927).
 
     Where lambda of T - 1 is -inf, the rest is spaced from the finite one before it.
     """

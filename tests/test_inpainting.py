@@ -52,7 +52,7 @@ def fill(name, known, T, n_resample, randn=None):
     """The right pixel for each of the known left ones [B]; what stands there before must not matter."""
     images = torch.stack([known, torch.full_like(known, 7.0)], dim=1).view(-1, 1, 1, 2)
     alpha_bar, indices = schedule(T), torch.arange(len(known))
-    walk = inpainting(images, RIGHT, n_resample)
+    walk = inpainting(images.__getitem__, RIGHT, n_resample)
     *_, last = walk(
         SAMPLERS[name], optimal(alpha_bar), indices, time_grid(alpha_bar, "uniform", None), randn or Noise(images.shape)
     )
@@ -116,7 +116,7 @@ def test_the_walk_is_algorithm_1():
             prev = alpha_bar[t - 1] if t > 0 else torch.ones(())
             known = prev.sqrt() * x0 + ((1 - prev).sqrt() * z() if t > 0 else 0)
             x = torch.where(hole, x, known)
-    walk = inpainting(images, hole, U)
+    walk = inpainting(images.__getitem__, hole, U)
     grid, noise = time_grid(alpha_bar, "uniform", None), Noise((2, 1, 2, 2))
     steps = list(walk(SAMPLERS["fixed-large"], denoise, torch.tensor([2, 0]), grid, noise))
     torch.testing.assert_close(steps[-1].x, x, rtol=1e-9, atol=1e-9)
@@ -141,7 +141,9 @@ def test_the_known_pixels_stay_and_an_oracle_fills_the_rest(name, S):
             ab = alpha_bar[t].item()
             return Prediction(truth, (x - ab**0.5 * truth) / (1 - ab) ** 0.5, torch.full_like(x, 0.3))
 
-        steps = list(inpainting(images, hole, 3)(SAMPLERS[name], denoise, torch.tensor([3, 1]), grid, noise))
+        steps = list(
+            inpainting(images.__getitem__, hole, 3)(SAMPLERS[name], denoise, torch.tensor([3, 1]), grid, noise)
+        )
         assert all(type(step) is Step for step in steps) and [s.t for s in steps] == grid.t.tolist()[:-1]
         assert torch.equal(steps[-1].x[..., ~hole], images[[3, 1]][..., ~hole])
         torch.testing.assert_close(steps[-1].x[..., hole], truth[..., hole], rtol=1e-9, atol=1e-9)
@@ -185,7 +187,7 @@ def filled(name, indices=range(9), seed=1, micro_batch=4, n_resample=3, images=I
     learns = SAMPLERS[name].needs_variance
     process = GaussianDiffusion(schedule(40), "pred_v", learn_variance=learns)
     options = SimpleNamespace(sampler=name, skip_type="trailing", skip_steps=6, eta=0.0, clip_denoised=True)
-    walk = inpainting(to_unit(images), HOLE, n_resample)
+    walk = inpainting(to_unit(images).__getitem__, HOLE, n_resample)
     network = Network(6 if learns else 3)
     batches = list(generate(network, process, options, indices, seed, micro_batch, walk=walk, **more))
     return torch.cat([batch.images for batch in batches]), batches

@@ -207,14 +207,14 @@ def test_a_data_set_is_a_source_by_name(inputs: Path, tmp_path: Path) -> None:
     """Its test split, as it is not what a network was trained on; another split by name."""
     from sklearn.datasets import load_digits
 
-    for split in ("digits", "digits:train"):
+    splits = ("digits", "digits:test", "digits:train")
+    for split in splits:
         options = ["--source", split, "--n_samples", 2]
         call(main, *arguments(inputs, split, "reconstruct", options), cwd=tmp_path)
-    real = [columns(tmp_path / split)[:, 0] for split in ("digits", "digits:train")]
-    assert not torch.equal(*real)
+    real = [columns(tmp_path / split)[:, 0] for split in splits]
+    assert torch.equal(*real[:2]) and not torch.equal(*real[1:])
     known = {image.tobytes() for image in (load_digits().images / 16 * 255).round().astype("uint8")}
     assert all(image.numpy().tobytes() in known for image in torch.cat(real))
-    assert "test" in identity(tmp_path / "digits")["source"]
 
 
 def test_inpaint_shows_the_source_its_known_part_and_the_whole(inputs: Path, made: Path, tmp_path: Path) -> None:
@@ -278,6 +278,14 @@ def test_show_grid_prints_the_timesteps(inputs: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
     done = call(main, *look, "--skip_steps", 2, "--n_samples", 1, "--save_dir", "out", cwd=tmp_path)
     assert "alpha_bar" in done.stdout and "1 images in" in done.stdout and (tmp_path / "out/000000.png").exists()
+
+
+def test_only_the_main_process_prints_the_timesteps(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    look = ["--weights", inputs / "weights/net.safetensors", "--show_grid"]
+    assert call(main, *look, cwd=tmp_path).stdout == ""
 
 
 def test_deterministic_modes_take_ddim_for_a_stochastic_sampler(inputs: Path, made: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from omegaconf import DictConfig
 
@@ -119,6 +120,12 @@ def _check_sample(config: DictConfig) -> None:
             f"sample.guidance_scale = {sample.guidance_scale:g}: guidance needs a conditional network; "
             "model.condition is none"
         )
+
+
+def drop_stored_eta(config: DictConfig, asked: Collection[str]) -> None:
+    """Set an eta that came with the weights (not `asked`, dotted keys) to 0 for a sampler that ignores it."""
+    if config.sample.eta and "sample.eta" not in asked and config.sample.sampler not in TAKES_ETA:
+        config.sample.eta = 0.0
 
 
 def check_steps(skip_steps: int | None, total_steps: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from utils.cli import say
-from utils.constraints import STOCHASTIC
+from utils.constraints import STOCHASTIC, drop_stored_eta
 from utils.errors import InputError
 
 
@@ -50,17 +50,20 @@ N_INTERPOLATE, N_RESAMPLE = 11, 10
 STEP_COUNTS = (10, 20, 50, 100)  # and T
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace, overrides: Collection[str], look_only: bool) -> None:
     """Raise InputError for options that do not belong to the mode, or that it lacks; fill in the mode's defaults.
 
     --skip_steps, a list, becomes one text, or the texts `step_counts` in mode consistency.
+    overrides: dotted keys of the command line. look_only: nothing will be generated, so that nothing is missing.
     """
     mode = MODES[options.mode]
     for name in OWNED:
+        if getattr(options, name) == "":
+            raise InputError(f"--{name} is empty: wanted a path or a name")
         if getattr(options, name) and name not in mode.options:
             owners = " or ".join(other for other, entry in MODES.items() if name in entry.options)
             raise InputError(f"--{name} belongs to --mode {owners}, but the mode is {options.mode}")
-        if getattr(options, name) is None and name in mode.needs:
+        if getattr(options, name) is None and name in mode.needs and not look_only:
             raise InputError(f"--mode {options.mode} needs --{name} (--help explains)")
     if options.mode == "interpolate" and options.n_samples is not None:
         ends = 4 if options.corners else 2
@@ -76,6 +79,8 @@ def check_options(options: argparse.Namespace) -> None:
     options.n_resample = options.n_resample or N_RESAMPLE
     counts = options.skip_steps or []
     if options.mode == "consistency":
+        if "sample.skip_steps" in overrides:
+            raise InputError("--sample.skip_steps: --mode consistency takes its counts from --skip_steps S1 S2 ...")
         options.step_counts, options.skip_steps = counts, None
     elif len(counts) > 1:
         raise InputError(
@@ -87,7 +92,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def adapt(config: DictConfig, options: argparse.Namespace, asked: Collection[str]) -> None:
-    """Make config.sample fit the mode where nothing else was asked for, and say so.
+    """Make config.sample fit the mode and the sampler where nothing else was asked for, and say so.
 
     asked: dotted keys given on the command line or in its -c.
 
@@ -106,7 +111,11 @@ def adapt(config: DictConfig, options: argparse.Namespace, asked: Collection[str
     if mode.deterministic and sample.eta > 0:
         if "sample.eta" in asked:
             raise InputError(f"--mode {options.mode} with eta = {sample.eta:g}: x_T alone must decide: use eta 0")
+        say(f"--mode {options.mode}: eta is 0, because x_T alone must decide the image")
         sample.eta = 0.0
+    drop_stored_eta(config, asked)
+    if options.mode == "consistency":
+        sample.skip_steps = None  # it has its own
 
 
 def step_counts(options: argparse.Namespace, config: DictConfig) -> list[int]:
@@ -115,7 +124,7 @@ def step_counts(options: argparse.Namespace, config: DictConfig) -> list[int]:
     if options.mode != "consistency":
         return [config.sample.skip_steps or T]
     for text in options.step_counts:
-        if not text.isdigit() or not 1 <= int(text) <= T:
+        if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= T:
             raise InputError(f"--skip_steps {text}: wanted 1 to {T}, the number of training timesteps")
     return [int(text) for text in options.step_counts] or [S for S in STEP_COUNTS if S < T] + [T]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusions.pixels import to_unit
 from utils import modes, precision
 from utils.checkpoint import write_atomically
 from utils.cli import say
+from utils.data.image_set import ImageSet
 from utils.distributed import main_process_first
 from utils.images import enlarge, grid, read_png, strip
 from utils.micro_batch import generate_fitting
@@ -43,7 +45,7 @@ class Job:
     precision: str  # no, bf16 or fp16
     n_frames: int  # per strip, in modes denoise and progressive
     counts: list[int]  # of sampling steps; more than one in mode consistency
-    source: Tensor | None  # uint8 [N, C, H, W]
+    source: ImageSet | None
     hole: Tensor | None  # [H, W] bool
     identity: dict[str, Any]  # what the pictures are a function of
     net: nn.Module | None = None
@@ -59,11 +61,12 @@ class Job:
         n_frames = modes.n_frames(options, counts[0])
         if options.mask is not None:
             hole = load_mask(options.mask, cfg.data.image_size)
-            extra |= {"mask": hole.int().tolist(), "n_resample": options.n_resample}
+            mask_sha256 = hashlib.sha256(hole.numpy().tobytes()).hexdigest()
+            extra |= {"mask_sha256": mask_sha256, "n_resample": options.n_resample}
         if options.source is not None:
             with main_process_first(accelerator):  # one downloads
-                found, source = load_source(options.source, cfg.data, keys, options.n_samples)
-            extra |= {"source": found.name, "source_sha256": found.content_hash()}
+                source = load_source(options.source, cfg.data, keys, options.n_samples)
+            extra["source_sha256"] = source.content_hash()
         if options.mode == "interpolate":
             extra |= {"n_interpolate": options.n_interpolate, "corners": options.corners}
         if options.mode == "consistency":
@@ -89,11 +92,15 @@ class Job:
             dtype=precision.DTYPES[self.precision], **more,
         )  # fmt: skip
 
+    def real(self, indices: Tensor) -> Tensor:
+        """Images of the source, [b, C, H, W] in [-1, 1]."""
+        return to_unit(torch.stack([self.source[i] for i in indices.tolist()]))
+
     def latents(self, denoise, indices: Tensor, grid) -> Tensor:
         """x_T of images: those of the source encoded, or the noise that mode sample starts from."""
         device = next(self.net.parameters()).device
         if self.source is not None:
-            return encode(denoise, to_unit(self.source[indices].to(device)), grid)
+            return encode(denoise, self.real(indices).to(device), grid)
         shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
         return randn(self.options.seed, indices, 0, shape, device)
 
@@ -120,8 +127,8 @@ def interpolations(job: Job, files: list[int]) -> Pictures:
 
 
 def reconstructions(job: Job, files: list[int]) -> Pictures:
-    def walk(sampler, denoise, indices, grid, randn):
-        return sampler(denoise, job.latents(denoise, indices, grid), grid, randn)
+    def walk(sampler, denoise, indices, steps, draw):
+        return sampler(denoise, job.latents(denoise, indices, steps), steps, draw)
 
     for batch in job.images(files, walk=walk):
         for index, image in zip(batch.indices.tolist(), batch.images):
@@ -129,7 +136,7 @@ def reconstructions(job: Job, files: list[int]) -> Pictures:
 
 
 def inpaintings(job: Job, files: list[int]) -> Pictures:
-    walk = inpainting(to_unit(job.source), job.hole, job.options.n_resample)
+    walk = inpainting(job.real, job.hole, job.options.n_resample)
     for batch in job.images(files, walk=walk):
         for index, image in zip(batch.indices.tolist(), batch.images):
             known = job.source[index].masked_fill(job.hole, 128)
@@ -179,12 +186,12 @@ def write_animation(path: Path, job: Job, paths: Iterable[Path], milliseconds: i
     write_atomically(path, lambda place: played[0].save(place, kind, **settings, lossless=True))
 
 
-def write_errors(path: Path, files: Iterable[Path]) -> float:
+def write_errors(path: Path, files: Sequence[Path]) -> float:
     """Mean squared error of each side-by-side file's second image against its first, pixels in [0, 1]; their mean.
 
-    Of the pictures as they are stored: rounding to 256 levels alone gives up to 1.3e-6.
+    Of the pictures as they are stored: rounding to 256 levels alone gives about 1.3e-6.
     """
-    pairs = [read_png(file).double().div(255).chunk(2, dim=-1) for file in files]
+    pairs = (read_png(file).double().div(255).chunk(2, dim=-1) for file in files)
     errors = [(real - decoded).square().mean().item() for real, decoded in pairs]
     lines = [f"{file.name},{error:.6e}" for file, error in zip(files, errors)]
     write_atomically(path, lambda place: place.write_text("\n".join(["file,error", *lines]) + "\n"))

@@ -56,8 +56,8 @@ def hardware(device: torch.device) -> str:
 def circumstances(weights, accelerator) -> dict[str, Any]:
     """What should not matter to the pixels beyond rounding, and is good to know."""
     return {
-        "weights": str(weights.file),
-        "weights_kind": weights.kind,
+        "weights": str(weights.file) if weights else None,
+        "weights_kind": weights.kind if weights else None,
         "processes": accelerator.num_processes,
         "hardware": hardware(accelerator.device),
         "versions": versions(),

@@ -71,7 +71,7 @@ def open_reference(
         data = own.copy() if same else schema.merge(("command line", asked)).data
         data.name, data.root, split = "image_folder", text, ""
     else:
-        hint = schema.nearest(name, names)
+        hint = schema.nearest(name, names[:-1])
         raise InputError(f"{option} {text}: neither a folder nor one of {', '.join(names[:-1])}{hint}")
     if split and split not in SPLITS:
         raise InputError(f"{option} {text}: the splits are {', '.join(SPLITS)}")

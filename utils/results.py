@@ -108,28 +108,33 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     """The first score over the number of sampling steps, a line per sampler; nothing for fewer than two step counts."""
-    lines: dict[str, list[tuple[int, float, float]]] = {}
+    lines: dict[tuple[str, ...], list[tuple[int, float, float]]] = {}
     for row in over_seeds(rows):
         source = row["protocol"].get("source", {})
         if "timesteps" in source and row["extractor"]:
             name, value = next((name, row["scores"][name]) for name in SCORES if name in row["scores"])
-            label = f"{name}[{row['extractor']}]@{row['n']}, {source['sampler']}"
+            score = f"{name}[{row['extractor']}]@{row['n']} against {row['reference']}"
+            hashes = (row["protocol"]["reference_sha256"][:6], source["weights_sha256"][:6])
+            line = (source["sampler"], source["skip_type"], f"eta {source['eta']:g}", score, *hashes)
             spread = row["scores"].get(f"{name}_std", 0.0)
-            lines.setdefault(label, []).append((len(source["timesteps"]), value, spread))
+            lines.setdefault(line, []).append((len(source["timesteps"]), value, spread))
     if len({steps for points in lines.values() for steps, *_ in points}) < 2:
         return
+    varying = [i for i, values in enumerate(zip(*lines)) if len(set(values)) > 1]
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4))
-    for label, points in lines.items():
+    for line, points in lines.items():
+        label = ", ".join(line[i] for i in varying) or line[0]
         steps, values, spreads = zip(*sorted(points))
         axis.errorbar(steps, values, spreads, marker="o", markersize=4, capsize=2, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("sampling steps")
+    axis.set_ylabel(" / ".join(dict.fromkeys(line[3] for line in lines)), fontsize=8)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.tight_layout()

@@ -21,7 +21,7 @@ from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, open_extractor, scores
 from utils.micro_batch import generate_fitting
-from utils.protocol import hardware, sampling_identity, versions
+from utils.protocol import circumstances, sampling_identity
 from utils.reference import Reference, features_of
 from utils.results import cell_id
 from utils.weights import load_network
@@ -185,15 +185,6 @@ class Scorer:
             **self.floor(protocol["n"]),
             "seconds_per_image": seconds / protocol["n"] if seconds else None,
             "protocol": protocol,
-            "circumstances": self.circumstances(weights),
-        }
-
-    def circumstances(self, weights) -> dict[str, Any]:
-        return {
-            "weights": str(weights.file) if weights else None,
-            "weights_kind": weights.kind if weights else None,
-            "processes": self.accelerator.num_processes,
-            "hardware": hardware(self.accelerator.device),
-            "versions": versions(),
-            "classifier_test_accuracy": self.test_accuracy,
+            "circumstances": circumstances(weights, self.accelerator)
+            | {"classifier_test_accuracy": self.test_accuracy},
         }

@@ -18,13 +18,10 @@ from utils.reference import open_reference
 MASKS = ("left", "right", "top", "bottom", "center")
 
 
-def load_source(text: str, data: DictConfig, asked: dict[str, Any], n: int) -> tuple[ImageSet, Tensor]:
-    """`--source DIR|NAME[:SPLIT]`: the set (of a data set, its test split where there is one), and its first n images.
+def load_source(text: str, data: DictConfig, asked: dict[str, Any], n: int) -> ImageSet:
+    """`--source DIR|NAME[:SPLIT]`, of a data set its test split where there is one.
 
     data: the checkpoint's data section. asked: data.* keys of the command line, which hold for another data set.
-
-    Returns:
-        The whole set, and uint8 [n, C, H, W].
 
     Raises:
         InputError: no such source, fewer than n images, or a folder's images have another size or channels.
@@ -38,12 +35,15 @@ def load_source(text: str, data: DictConfig, asked: dict[str, Any], n: int) -> t
         reference = open_reference(text, data, asked, data.image_size, data.channels, "--source")
         found = reference.test if ":" not in text and reference.test is not None else reference.images
     if n > len(found):
-        raise InputError(f"--n_samples {n}: --source {text} has {len(found)} images")
-    return found, torch.stack([found[i] for i in range(n)])
+        more = " (NAME:all has more)" if ":" in found.name and not found.name.endswith(":all") else ""
+        raise InputError(f"--n_samples {n}: --source {found.name} has {len(found)} images{more}")
+    for i in range(n):  # an unreadable one is told now, not after hours
+        found[i]
+    return found
 
 
 def load_mask(text: str, image_size: int) -> Tensor:
-    """[H, W] bool, true where `--mask FILE|SIDE` is white: the part to fill in.
+    """[H, W] bool, true where `--mask FILE|SIDE` is white (or transparent): the part to fill in.
 
     Raises:
         InputError: neither an image nor a side, another size, all black or all white.
@@ -56,10 +56,10 @@ def load_mask(text: str, image_size: int) -> Tensor:
         rows = {"top": first, "bottom": second, "center": middle}.get(text, everywhere)
         columns = {"left": first, "right": second, "center": middle}.get(text, everywhere)
         hole[rows, columns] = True
-        return hole
-    if not Path(text).is_file():
+    elif Path(text).is_file():
+        hole = read_image(text, 1)[0] >= 128
+    else:
         raise InputError(f"--mask {text}: neither a file nor one of {', '.join(MASKS)}")
-    hole = read_image(text, 1)[0] >= 128
     if hole.shape != (image_size, image_size):
         size = f"{hole.shape[1]}x{hole.shape[0]}"
         raise InputError(f"--mask {text} is {size} pixels, the network's images {image_size}x{image_size}")

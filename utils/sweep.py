@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Collection
+
+from omegaconf import DictConfig
 
 from utils import config
-from utils.constraints import TAKES_ETA
+from utils.constraints import TAKES_ETA, drop_stored_eta
 from utils.errors import InputError
 
 AXES = {  # option -> the key that it sweeps over
@@ -30,10 +33,16 @@ def cells(options: argparse.Namespace, asked: list[tuple[str, dict[str, str]]]) 
     A sampler that ignores eta has one cell, not one per eta. Raises InputError for an illegal value.
     """
     axes = {name: getattr(options, name) for name in AXES if getattr(options, name)}
+    for name, values in axes.items():
+        for value in values:
+            config.merge(*asked, (f"--{name}", {AXES[name]: value}))
+    samplers = [config.merge(("", {"sample.sampler": name})).sample.sampler for name in axes.get("samplers", [])]
+    if "etas" in axes and samplers and not set(samplers) & set(TAKES_ETA):
+        raise InputError(f"--etas: none of the samplers {', '.join(samplers)} takes eta; it belongs to ddim")
     found = []
     for values in itertools.product(*axes.values()):
         cell = {AXES[name]: value for name, value in zip(axes, values)}
-        sampler = config.merge(*asked, ("the sweep", cell)).sample.sampler
+        sampler = config.merge(*asked, ("", cell)).sample.sampler
         if "samplers" in axes and "etas" in axes and sampler not in TAKES_ETA:
             del cell[AXES["etas"]]
         if cell not in found:
@@ -41,6 +50,13 @@ def cells(options: argparse.Namespace, asked: list[tuple[str, dict[str, str]]]) 
     return sorted(found, key=lambda cell: steps_of(cell["sample.skip_steps"]) if "sample.skip_steps" in cell else 0)
 
 
+def apply(base: DictConfig, cell: dict[str, str], asked: Collection[str]) -> DictConfig:
+    """The cell's configuration; asked: dotted keys of the command line."""
+    found = config.merge(("the sweep", cell), base=base)
+    drop_stored_eta(found, {*asked, *cell})
+    return found
+
+
 def steps_of(text: str) -> float:
     """A step count for sorting; null, all T of them, comes last."""
-    return int(text) if text.isdigit() else float("inf")
+    return int(text) if text.isascii() and text.isdigit() else float("inf")
