@@ -60,14 +60,14 @@ def main(argv: list[str]) -> int:
 
     weights = open_weights(options.weights, options.load_ema, asked)
     keys = {name: value for _, layer in asked for name, value in layer.items()}
-    modes.adapt(weights.config, options, keys)
+    notes = modes.adapt(weights.config, options, keys)
     constraints.check(weights.config, training=False)
     if options.print_config:
         print(config.to_yaml(weights.config), end="")
         return 0
     if options.show_grid and is_main_process():
         print_grids(options, weights.config)
-    return 0 if look_only else sample(options, weights, keys)
+    return 0 if look_only else sample(options, weights, keys, notes)
 
 
 def print_grids(options, cfg) -> None:
@@ -79,7 +79,7 @@ def print_grids(options, cfg) -> None:
         print(f"{S} {cfg.sample.skip_type} steps of {len(alpha_bar)}:\n{time_grid(alpha_bar, cfg.sample.skip_type, S)}")
 
 
-def sample(options, weights, keys) -> int:
+def sample(options, weights, keys, notes) -> int:
     """Make the pictures that are missing in the folder, split over processes, then draw the overview."""
     from tqdm import tqdm
 
@@ -104,6 +104,8 @@ def sample(options, weights, keys) -> int:
     todo = missing(folder, n_files)
     accelerator.wait_for_everyone()  # and has listed it before any writes
     mine = [todo[i] for i in distributed.share(len(todo), accelerator.process_index, accelerator.num_processes)]
+    for note in notes:
+        cli.say(note)
     cli.say(f"{len(todo)} of {n_files} {job.unit} to make: {weights.describe()}, {job.describe()}")
     writer = PngWriter(folder)
     hidden = not accelerator.is_main_process

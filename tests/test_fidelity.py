@@ -523,7 +523,8 @@ def test_adding_twice_keeps_both_rows(tmp_path):
 def test_a_sweep_over_steps_is_drawn(tmp_path):
     results = Results(tmp_path)
     for steps in (10, 20):
-        source = {"sampler": "ddim", "timesteps": list(range(steps))}
+        kind = {"sampler": "ddim", "skip_type": "uniform", "eta": 0.0, "weights_sha256": "ab"}
+        source = kind | {"timesteps": list(range(steps)), "seed": 1}
         assert not (tmp_path / "score_vs_steps.png").exists()
         results.add(row(f"ddim-{steps}", protocol=row("")["protocol"] | {"source": source}))
     assert read_png(tmp_path / "score_vs_steps.png").shape[0] in (3, 4)

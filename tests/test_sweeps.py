@@ -111,6 +111,14 @@ def test_rows_that_differ_in_more_stay_apart() -> None:
     assert [len(over_seeds([*alone, row(9, 10.0, steps=steps)])) for steps in (5, 6, 7)] == [4, 4, 5]
 
 
+def test_one_seed_twice_is_no_spread() -> None:
+    """Two evaluations at the same time may both add a row."""
+    assert len(over_seeds([row(1, 10.0), row(1, 10.0)])) == 1
+    assert "±" not in over_seeds([row(1, 10.0), row(1, 10.0)])[0]["label"]
+    merged = over_seeds([row(1, 10.0), row(1, 10.0), row(2, 14.0)])[0]
+    assert merged["label"].endswith("± over 2 seeds") and merged["scores"]["fid"] == pytest.approx(12)
+
+
 def test_the_report_shows_the_spread() -> None:
     text = report([row(1, 10.0), row(2, 14.0), row(1, 20.0, steps=6)])
     assert cells_of_report(text, "± over 2 seeds")[1:] == ["12 ± 2.8", "2 ± 0", "500.00"]
@@ -183,7 +191,7 @@ def test_bits_per_dimension(inputs: Path, tmp_path: Path) -> None:
         assert [*terms["bits"], terms["prior"]] == pytest.approx(expected.mean(1).tolist(), rel=1e-4)
         assert scores["bpd"] == pytest.approx(sum(terms["bits"]) + terms["prior"], rel=1e-9)
         assert scores["bpd_decoder"] == terms["bits"][-1] and scores["bpd_prior"] == terms["prior"]
-        spread = expected.sum(0).std(correction=0).item() / 10**0.5
+        spread = expected.sum(0).std().item() / 10**0.5  # the standard error of the mean
         assert scores["bpd_std"] == pytest.approx(spread, rel=1e-3)
         shown = cells_of_report(done.stdout, f"fixed-{variance}")[1]
         assert shown == f"{scores['bpd']:.4g} ± {scores['bpd_std']:.2g}"
@@ -198,6 +206,14 @@ def test_bpd_of_a_network_that_learns_its_variance(inputs: Path, tmp_path: Path)
     assert found["protocol"]["source"]["sampler"] == "learned-range"
     expected = bits_per_dimension(inputs / "learned/net.safetensors", 4, "learned", 2022)
     assert found["scores"]["bpd"] == pytest.approx(expected.sum(0).mean().item(), rel=1e-4)
+
+
+def test_repeats_of_bpd(inputs: Path, tmp_path: Path) -> None:
+    done = call(main, *arguments(inputs, "--metrics", "bpd", "--n_samples", 4, "--repeats", 2), cwd=tmp_path)
+    values = [row["scores"]["bpd"] for row in rows(tmp_path)]
+    assert [source["seed"] for source in sources(tmp_path)] == [2022, 2023] and values[0] != values[1]
+    expected = f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}"
+    assert cells_of_report(done.stdout, "± over 2 seeds")[1] == expected
 
 
 def test_bpd_beside_other_metrics(inputs: Path, tmp_path: Path) -> None:
@@ -233,6 +249,7 @@ REFUSED = [
     (f"{WEIGHTS} --etas 0 x", ["sample.eta = 'x'"]),
     (f"{WEIGHTS} --etas 0.5 --sample.sampler fixed-small", ["eta", "fixed-small", "ignores"]),
     (f"{WEIGHTS} --samplers heun fixed-small --sample.eta 0.5", ["eta", "ignores"]),
+    (f"{WEIGHTS} --samplers heun fixed_small --etas 0 0.5", ["--etas", "heun, fixed-small", "ddim"]),
     (f"{WEIGHTS} --skip_types uniform foo", ["sample.skip_type = 'foo'", "logsnr"]),
     (f"{WEIGHTS} --skip_types", ["--skip_types"]),
     (f"{WEIGHTS} --samplers ddim --sample.sampler ddim", ["--samplers", "--sample.sampler", "same option"]),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from utils.cli import say
 from utils.constraints import STOCHASTIC, drop_stored_eta
 from utils.errors import InputError
 
@@ -91,31 +90,32 @@ def check_options(options: argparse.Namespace, overrides: Collection[str], look_
         options.skip_steps = counts[0] if counts else None
 
 
-def adapt(config: DictConfig, options: argparse.Namespace, asked: Collection[str]) -> None:
-    """Make config.sample fit the mode and the sampler where nothing else was asked for, and say so.
+def adapt(config: DictConfig, options: argparse.Namespace, asked: Collection[str]) -> list[str]:
+    """Make config.sample fit the mode and the sampler where nothing else was asked for; returns what to say of it.
 
     asked: dotted keys given on the command line or in its -c.
 
     Raises:
         InputError: what was asked for can't serve the mode.
     """
-    mode, sample = MODES[options.mode], config.sample
+    mode, sample, notes = MODES[options.mode], config.sample, []
     if mode.deterministic and sample.sampler in STOCHASTIC:
         if "sample.sampler" in asked:
             raise InputError(
                 f"--mode {options.mode} with the sampler {sample.sampler}, which draws noise: "
                 "x_T alone must decide the image: use ddim, heun, dpm++2m or unipc"
             )
-        say(f"--mode {options.mode}: the sampler is ddim, because {sample.sampler} draws noise")
+        notes.append(f"--mode {options.mode}: the sampler is ddim, because {sample.sampler} draws noise")
         sample.sampler = "ddim"
     if mode.deterministic and sample.eta > 0:
         if "sample.eta" in asked:
             raise InputError(f"--mode {options.mode} with eta = {sample.eta:g}: x_T alone must decide: use eta 0")
-        say(f"--mode {options.mode}: eta is 0, because x_T alone must decide the image")
+        notes.append(f"--mode {options.mode}: eta is 0, because x_T alone must decide the image")
         sample.eta = 0.0
     drop_stored_eta(config, asked)
     if options.mode == "consistency":
         sample.skip_steps = None  # it has its own
+    return notes
 
 
 def step_counts(options: argparse.Namespace, config: DictConfig) -> list[int]:

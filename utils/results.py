@@ -64,12 +64,14 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that differ in their seed alone, made one: means, with the standard deviation over the seeds as spread."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        source = {name: value for name, value in row["protocol"].get("source", {}).items() if name != "seed"}
-        groups.setdefault(cell_id({**row["protocol"], "source": source}), []).append(row)
+    groups: dict[str, dict[Any, dict[str, Any]]] = {}
+    for i, row in enumerate(rows):
+        source = dict(row["protocol"].get("source", {}))
+        seed = source.pop("seed", None)
+        key = str(i) if seed is None else cell_id({**row["protocol"], "source": source})  # images of a folder have none
+        groups.setdefault(key, {}).setdefault(seed, row)  # a seed that two processes have scored counts once
     merged = []
-    for group in groups.values():
+    for group in (list(by_seed.values()) for by_seed in groups.values()):
         first = group[0]
         if len(group) > 1:
             scores = {name: [row["scores"][name] for row in group] for name in SCORES if name in first["scores"]}
