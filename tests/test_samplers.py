@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
