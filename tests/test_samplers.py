@@ -545,7 +545,7 @@ def test_multistep_solvers_equal_diffusers(name, kind, options, skip_type, objec
 def test_the_documentation_has_a_row_for_every_sampler_and_skip_type():
     text = (ROOT / "docs/samplers.md").read_text()
     for name, sampler in SAMPLERS.items():
-        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |") and "et al." in line)
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))  # its table comes first
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[3] == str(sampler.order) and cells[5] == ("S" if sampler.evals_per_step == 1 else "2S - 1")
         assert cells[4] == ("`--eta` > 0" if sampler.takes_eta else "yes" if sampler.stochastic else "no")
