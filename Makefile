@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under f
 	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/denoise --mode denoise --n_denoise 10
 	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/progressive --mode progressive --n_progressive 10
 	$(BIN)/python evaluate_ddpm.py --weights $(DEMO) --reference digits --n_samples 1000
-	@echo; echo "pictures:"; ls $(CURDIR)/$(DEMO)/curves.png $(CURDIR)/$(DEMO)/samples/*.png $(CURDIR)/$(DEMO)/images/*-grid.png
+	@echo; echo "pictures:"; ls $(abspath $(DEMO))/curves.png $(abspath $(DEMO))/samples/*.png $(abspath $(DEMO))/images/*-grid.png
 
 test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
 	$(BIN)/python -m pytest
