@@ -58,7 +58,7 @@ def ddim(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn, *, eta: floa
         yield Step(t, x, x0)
 
 
-NO_SIGNAL = 1e-5  # alpha_bar below which Heun's average, times a sigma above 300, is all rounding and model error
+NO_SIGNAL = 1e-7  # alpha_bar below which Heun's average, times a sigma above 3,000, is all model error
 
 
 def heun(denoise: Denoise, x: Tensor, grid: TimeGrid, randn: Randn) -> Iterator[Step]:
