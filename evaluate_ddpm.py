@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     asked.append(("command line", overrides))
     merged = config.merge(*asked)  # a wrong key or value is told before torch is imported
     if options.print_config and options.weights is None:
-        print(config.to_yaml(merged), end="")
+        cli.show(config.to_yaml(merged))
         return 0
     if (options.weights is None) == (options.images is None):
         raise InputError("give either --weights PATH or --images DIR")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     for cell in cells:
         constraints.check(cell, training=False)
     if options.print_config:
-        print(config.to_yaml(weights.config), end="")
+        cli.show(config.to_yaml(weights.config))
         return 0
     return evaluate(options, weights.config, weights, cells, data_keys)
 

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     asked.append(("command line", overrides))
     config.merge(*asked)  # a wrong key or value is told before torch is imported
     if options.print_config and options.weights is None:
-        print(config.to_yaml(config.merge(*asked)), end="")
+        cli.show(config.to_yaml(config.merge(*asked)))
         return 0
     cli.require(options, "weights", *([] if look_only else ["n_samples", "save_dir"]))
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     notes = modes.adapt(weights.config, options, keys)
     constraints.check(weights.config, training=False)
     if options.print_config:
-        print(config.to_yaml(weights.config), end="")
+        cli.show(config.to_yaml(weights.config))
         return 0
     if options.show_grid and is_main_process():
         print_grids(options, weights.config)

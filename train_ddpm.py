@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if options.resume is None:
         constraints.check(new)  # before torch is imported
         if options.print_config:
-            print(config.to_yaml(new), end="")
+            cli.show(config.to_yaml(new))
             return 0
 
     from utils.run_folder import open_run
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     run = open_run(default if not options.config else ("", {}), asked, options.exp_dir, options.resume)
     constraints.check(run.config)
     if options.print_config:
-        print(config.to_yaml(run.config), end="")
+        cli.show(config.to_yaml(run.config))
         return 0
     return train(run)
 

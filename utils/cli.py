@@ -116,3 +116,9 @@ def say(text: str) -> None:
     """One line for a person, from the main process, out of the way of what a script prints as its result."""
     if is_main_process():
         print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a result, from the main process."""
+    if is_main_process():
+        print(text, end="")
