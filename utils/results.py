@@ -128,17 +128,21 @@ def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for line, points in lines.items():
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for i, (line, points) in enumerate(lines.items()):
         label = ", ".join(line[i] for i in varying) or line[0]
         steps, values, spreads = zip(*sorted(points))
-        axis.errorbar(steps, values, spreads, marker="o", markersize=4, capsize=2, label=label)
+        style = ("-", "--", ":")[i // 10 % 3]  # matplotlib has ten colours
+        axis.errorbar(steps, values, spreads, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    counts = sorted({steps for points in lines.values() for steps, *_ in points})
+    axis.set_xticks(counts, map(str, counts))
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("sampling steps")
     axis.set_ylabel(" / ".join(dict.fromkeys(line[3] for line in lines)), fontsize=8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
     plt.close(figure)
