@@ -115,7 +115,7 @@ class RunLog:
 
 def _leave_disk_errors_to_the_caller(error: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread hands its error to the next call, which tells of it; no traceback besides."""
-    if not issubclass(error.exc_type, OSError):
+    if type(error.thread).__name__ != "_AsyncWriterThread" or not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
 

@@ -118,11 +118,12 @@ def strips(job: Job, files: list[int]) -> Pictures:
 
 def interpolations(job: Job, files: list[int]) -> Pictures:
     n, corners = job.options.n_interpolate, job.options.corners
-    items = [file * (n * n if corners else n) + j for file in files for j in range(n * n if corners else n)]
+    per_file = n * n if corners else n
+    items = [file * per_file + j for file in files for j in range(per_file)]
     batches = job.images(items, walk=interpolation(job.latents, n, corners))
     points = (image for batch in batches for image in batch.images)
     for file in files:
-        square = torch.stack([next(points) for _ in range(n * n if corners else n)])
+        square = torch.stack([next(points) for _ in range(per_file)])
         yield file, grid(square, n, padding=0)
 
 
