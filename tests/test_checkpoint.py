@@ -17,7 +17,7 @@ from torch import nn
 
 from utils import checkpoint, config, training_state
 from utils.checkpoint import load_weights, newest, problem, prune, publish, published, read_optimizer, read_weights
-from utils.errors import InputError, SaveFailed
+from utils.errors import InputError, SaveFailed, TrainingDiverged
 from utils.optimizer import build_ema
 
 PARTS = ("config.yaml", "ema.safetensors", "model.safetensors", "optimizer.pt", "state.json")
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_are_never_published(tmp_path, kind, value):
     good = save(tmp_path, 1)
     fine, broken = {"w": torch.zeros(3)}, {"v": torch.zeros(2), "w": torch.tensor([0, value, 0])}
     pair = (broken, fine) if kind == "model" else (fine, broken)
-    with pytest.raises(ValueError, match=rf"{kind} weights of step 2 .*\(w\)"):
+    with pytest.raises(TrainingDiverged, match=rf"{kind} weights of step 2 .*\(w\)"):
         publish(tmp_path / "ckpt", 2, "", *pair, {}, {})
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step000001"] and problem(good) is None
 

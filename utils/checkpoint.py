@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from utils.errors import InputError, SaveFailed, run_script
+from utils.errors import InputError, SaveFailed, TrainingDiverged, run_script
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step(\d{6,})$")
@@ -73,7 +73,7 @@ def publish(
     """Write `ckpt_dir/stepNNNNNN` whole or not at all, and return it; one that is already there and good is kept.
 
     Raises:
-        ValueError: a weight is not finite.
+        TrainingDiverged: a weight is not finite.
         SaveFailed: a full disk, a quota, a folder that is gone; nothing is left behind.
     """
     target = ckpt_dir / folder_name(step)
@@ -84,7 +84,7 @@ def publish(
     for kind, weights in (("model", model), ("EMA", ema)):
         broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
-            raise ValueError(f"the {kind} weights of step {step} are not finite ({broken[0]}): nothing was published")
+            raise TrainingDiverged(f"the {kind} weights of step {step:,} are not finite ({broken[0]}): not published")
     staging = None
     try:
         ckpt_dir.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ from utils.checkpoint import folder_name, write_atomically
 from utils.images import enlarge, write_png
 from utils.process import signal_left
 
+REDRAW = 60  # seconds between drawings of the curves, which take as long as many steps of a small network
+
 
 class RunLog:
     """Logs of one run folder. Only the main process writes; the others' calls do nothing. As a context: the bar."""
@@ -34,6 +36,7 @@ class RunLog:
         tracker = {"tensorboard": {"purge_step": step + 1}}
         accelerator.init_trackers("tensorboard", init_kwargs=tracker)
         self.clock, self.clock_step = time.monotonic(), step
+        self.drawn, self.redraw = -float("inf"), False
 
     def say(self, text: str) -> None:
         """A line on the terminal and, with the time, in train.log."""
@@ -74,9 +77,15 @@ class RunLog:
             tracker.log_images({"samples": picture[None].numpy()}, step=step)
 
     def saved(self, step: int) -> None:
-        """Tell of a checkpoint, and draw the curves up to it."""
+        """Tell of a checkpoint, and draw the curves up to it: at once, or where that was done just now, at the end."""
         self.say(f"saved       {self.run / 'ckpt' / folder_name(step)}")
+        self.redraw = True
+        if time.monotonic() - self.drawn > REDRAW:
+            self._draw()
+
+    def _draw(self) -> None:
         self._write("curves.png", lambda: draw_curves(self.run))
+        self.drawn, self.redraw = time.monotonic(), False
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
         """Images per second since the last call."""
@@ -107,6 +116,8 @@ class RunLog:
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.redraw:
+            self._draw()
 
     def close(self) -> None:
         """Finish the trackers and the process group."""

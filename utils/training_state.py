@@ -13,7 +13,7 @@ from torch import nn
 from utils import checkpoint
 from utils.config import to_yaml
 from utils.distributed import from_main
-from utils.errors import InputError, SaveFailed
+from utils.errors import InputError, SaveFailed, TrainingDiverged
 from utils.meter import Meter
 
 
@@ -27,7 +27,7 @@ def save(
     more: further JSON values for state.json, such as what `auto` was resolved to.
 
     Raises:
-        SaveFailed: on every process.
+        SaveFailed, TrainingDiverged (the weights are not finite): on every process.
     """
     state = {
         "step": step,
@@ -36,7 +36,7 @@ def save(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         **more,
     }
-    why = None
+    failure = None
     if accelerator.is_main_process:
         folder = run.folder / "ckpt"
         optimizer_state = _on_cpu(optimizer.state_dict())
@@ -44,17 +44,26 @@ def save(
             checkpoint.publish(
                 folder, step, to_yaml(run.config), net.state_dict(), ema.ema_model.state_dict(), optimizer_state, state
             )
-            checkpoint.prune(run.folder, run.config.train.keep_last)
-        except SaveFailed as error:
-            why = str(error)
-    why = from_main(accelerator, why)
-    if why is None:
+        except (SaveFailed, TrainingDiverged) as error:
+            failure = type(error), str(error)
+        else:
+            _prune(run, log)
+    failure = from_main(accelerator, failure)
+    if failure is None:
         log.saved(step)
         return
+    kind, why = failure
     why += f"; the checkpoints before it in {run.folder / 'ckpt'} are untouched"
     log.say(f"not saved   {why}")
-    if must or run.config.train.save_failure == "stop":
-        raise SaveFailed(why)
+    if must or kind is TrainingDiverged or run.config.train.save_failure == "stop":
+        raise kind(why)
+
+
+def _prune(run, log) -> None:
+    try:
+        checkpoint.prune(run.folder, run.config.train.keep_last)
+    except OSError as error:
+        log.say(f"not removed {run.folder / 'ckpt'} keeps its older checkpoints: {error.strerror}")
 
 
 def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer) -> dict[str, Any]:
