@@ -27,6 +27,7 @@ from conftest import ROOT, environment
 from safetensors.torch import load_file
 
 from utils import checkpoint
+from utils.state import read_state
 
 # Dropout, bf16, an uneven last micro-batch, five epoch boundaries; logs, validation and previews off the grid of saves.
 TRAIN = [
@@ -135,7 +136,7 @@ def same_checkpoint(one: Path, other: Path) -> None:
     for name in ("model.safetensors", "ema.safetensors"):
         assert same_tree(load_file(one / name), load_file(other / name)), name
     assert same_tree(checkpoint.read_optimizer(one), checkpoint.read_optimizer(other)), "optimizer.pt"
-    assert checkpoint.read_state(one) == checkpoint.read_state(other), "state.json"
+    assert read_state(one) == read_state(other), "state.json"
 
 
 def same_run(one: Path, other: Path) -> None:

@@ -19,6 +19,7 @@ from utils import checkpoint, config, training_state
 from utils.checkpoint import load_weights, newest, problem, prune, publish, published, read_optimizer, read_weights
 from utils.errors import InputError, SaveFailed, TrainingDiverged
 from utils.optimizer import build_ema
+from utils.state import read_state
 
 PARTS = ("config.yaml", "ema.safetensors", "model.safetensors", "optimizer.pt", "state.json")
 
@@ -71,7 +72,7 @@ def test_a_published_checkpoint_is_whole(tmp_path):
     assert manifest["step"] == 500
     assert manifest["sha256"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in PARTS}
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step000500"]  # no staging folder is left
-    assert checkpoint.read_state(folder)["step"] == 500
+    assert read_state(folder)["step"] == 500
     assert read_optimizer(folder)["param_groups"][0]["lr"] == 1e-3
 
 

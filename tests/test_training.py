@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, command, environment, run
 from safetensors.torch import load_file
 
 from utils import checkpoint
+from utils.state import read_state
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -25,7 +26,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
     a, b = (torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in (one, other))
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in ("exp_avg", "exp_avg_sq", "step"))
-    assert checkpoint.read_state(one)["ema"] == checkpoint.read_state(other)["ema"]
+    assert read_state(one)["ema"] == read_state(other)["ema"]
 
 
 def test_files_of_a_run(trained: Path) -> None:

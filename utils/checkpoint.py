@@ -126,7 +126,7 @@ def problem(folder: Path) -> str | None:
         sums, step = dict(manifest["sha256"]), manifest["step"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is damaged"
     for name in ("config.yaml", "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"):
         if name not in sums:
@@ -189,10 +189,6 @@ def prune(run: Path, keep_last: int | None) -> None:
             doomed = folder.with_name(f".staging-{folder.name}")  # out of sight by one rename before files go
             os.rename(folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
 
 
 def read_optimizer(folder: Path) -> dict[str, Any]:

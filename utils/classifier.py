@@ -123,7 +123,7 @@ def trained(train: ImageSet, test: ImageSet | None, cache_dir: Path, device: tor
     shape = {"image_size": train[0].shape[-1], "channels": train[0].shape[0], "n_classes": len(train.classes)}
     identity = json.dumps([VERSION, SEED, N_STEPS, BATCH, shape, train.content_hash(), test and test.content_hash()])
     path = cache_dir / f"{NAME}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
-    accuracy = _stored_accuracy(path)
+    accuracy = _stored_accuracy(path, shape)
     if accuracy is None:
         net = _train(train, shape, device)
         labelled = test is not None and test.labels is not None
@@ -134,11 +134,12 @@ def trained(train: ImageSet, test: ImageSet | None, cache_dir: Path, device: tor
     return Trained(path, accuracy[0])
 
 
-def _stored_accuracy(path: Path) -> list[float | None] | None:
+def _stored_accuracy(path: Path, shape: dict[str, int]) -> list[float | None] | None:
     """[the test accuracy in a cached file]; None where there is no readable one, which is then made again."""
     try:
         with safe_open(path, "pt") as file:
-            return [json.loads(file.metadata()["test_accuracy"])]
+            metadata = file.metadata()
+            return [json.loads(metadata["test_accuracy"])] if json.loads(metadata["shape"]) == shape else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import InputError
 
+MAX_ENTRIES = 64  # of a list: far above what any key needs, and checked at once
 BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 Switch = Literal["auto", "true", "false"]
@@ -254,7 +255,12 @@ def set_key(config: DictConfig, name: str, value: Any, where: str) -> None:
     place = base
     if index:
         current = OmegaConf.select(config, base)
-        if not info.is_list or not index.endswith("]") or not index[:-1].isdigit() or int(index[:-1]) >= len(current):
+        if (
+            not info.is_list
+            or not index.endswith("]")
+            or not re.fullmatch("[0-9]{1,6}", index[:-1])
+            or int(index[:-1]) >= len(current)
+        ):
             have = f"{base} has {len(current)} entries" if info.is_list else f"{base} is not a list"
             raise InputError(f"{where}: {name}: no such entry: {have}")
         place = f"{base}.{index[:-1]}"
@@ -284,6 +290,8 @@ def _typed(info: KeyInfo, value: Any) -> Any:
         value = [item.strip().strip("'\"") for item in text[1:-1].split(",")] if text[1:-1].strip() else []
     if not isinstance(value, list):
         raise ValueError
+    if len(value) > MAX_ENTRIES:
+        raise ValueError(f"; at most {MAX_ENTRIES} entries")
     return [_scalar(info, item) for item in value]
 
 
@@ -295,6 +303,7 @@ def _scalar(info: KeyInfo, value: Any) -> Any:
             raise ValueError("; interpolations are not supported, write the value itself")
         if value == "???":  # omegaconf would take the key as not given
             raise ValueError
+        value.encode()  # a lone surrogate can't be stored
     if info.choices:
         return _choice(info.choices, value)
     if isinstance(value, (dict, list)) or value is None or (isinstance(value, bool) and info.element is not bool):
@@ -331,7 +340,7 @@ def _in_range(info: KeyInfo, value: Any) -> bool:
     numbers = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
     low, above, high, below = (info.range[name] for name in ("ge", "gt", "le", "lt"))
     return all(
-        math.isfinite(n)
+        (isinstance(n, int) or math.isfinite(n))
         and (low is None or n >= low)
         and (above is None or n > above)
         and (high is None or n <= high)
@@ -350,6 +359,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"config file {path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"config file {path} is a folder") from None
+    except RecursionError:
+        raise InputError(f"config file {path} is nested too deeply") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, ValueError) as error:
         raise InputError(f"config file {path} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, DictConfig):

@@ -1,8 +1,11 @@
 """How the scripts end when the user's input is wrong: one clear line, exit status 2, no traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+LONGEST = 1000  # characters of an error line
 
 
 class InputError(Exception):
@@ -42,6 +45,16 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         status, line = 1, f"stopped: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        status, line = 2, f"error: {error.filename}: {error.strerror}"
     if line and speaks:
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(line.split())}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {one_line(line)}", file=sys.stderr)
     sys.exit(status)
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and control characters, and of bounded length: what users wrote is quoted in errors."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

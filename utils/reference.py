@@ -94,7 +94,7 @@ def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, acceler
         f"{images.content_hash()} {extractor.name} {extractor.weights_sha256} {sorted(extractor.layers.values())}"
     )
     path = cache_dir / f"features-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.safetensors"
-    found = _read_cache(path)
+    found = _read_cache(path, set(extractor.layers.values()), len(images))
     if all_agree(accelerator, found is not None):
         return found
     mine = images.subset(share(len(images), accelerator.process_index, accelerator.num_processes), images.name)
@@ -106,12 +106,13 @@ def features_of(images: ImageSet, extractor: Extractor, cache_dir: Path, acceler
     return found
 
 
-def _read_cache(path: Path) -> Features | None:
-    """Cached features; None where there is no readable file, which is then made again."""
+def _read_cache(path: Path, layers: set[str], n: int) -> Features | None:
+    """Cached features of n images; None where there is no such readable file, which is then made again."""
     try:
-        return load_file(path)
+        found = load_file(path)
     except (OSError, SafetensorError):
         return None
+    return found if found.keys() == layers and all(len(rows) == n for rows in found.values()) else None
 
 
 def all_agree(accelerator, value: bool) -> bool:

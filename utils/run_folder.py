@@ -15,7 +15,6 @@ from utils.checkpoint import (
     problem,
     published,
     quarantine,
-    read_state,
     step_of,
     write_atomically,
 )
@@ -24,6 +23,7 @@ from utils.config import differences, merge, read_yaml, to_yaml
 from utils.distributed import from_main
 from utils.errors import InputError
 from utils.run_lock import lock
+from utils.state import read_state
 
 MAY_CHANGE = (
     "train.n_steps",

@@ -15,6 +15,7 @@ from utils.config import to_yaml
 from utils.distributed import from_main
 from utils.errors import InputError, SaveFailed, TrainingDiverged
 from utils.meter import Meter
+from utils.state import read_state
 
 
 def save(
@@ -72,20 +73,42 @@ def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, op
     Raises:
         InputError: a part is missing, damaged, or of another architecture; it is named.
     """
-    state = checkpoint.read_state(folder)
+    state = read_state(folder)
     for module, name in ((net, "model.safetensors"), (ema.ema_model, "ema.safetensors")):
         checkpoint.load_weights(module, checkpoint.read_weights(folder / name), folder / name)
     ema.step.fill_(state["ema"]["step"])
     ema.initted.fill_(state["ema"]["initted"])
-    try:
-        optimizer.load_state_dict(checkpoint.read_optimizer(folder))
-    except Exception as error:
-        raise InputError(f"{folder / 'optimizer.pt'} can't be loaded: {error}") from None
+    _load_optimizer(folder / "optimizer.pt", optimizer)
     for parameter, held in optimizer.state.items():  # fused kernels pair memory by position: take the weights' layout
         held |= {n: torch.empty_like(parameter).copy_(v) for n, v in held.items() if v.shape == parameter.shape}
     if accelerator.scaler is not None and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+        try:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        except KeyError as error:
+            raise InputError(f"{folder / 'state.json'}: the loss scaler lacks {error}") from None
     return state
+
+
+def _load_optimizer(path: Path, optimizer) -> None:
+    """Adam's moments, every shape checked: a fused update would go on behind the end of one that is too short."""
+    try:
+        stored = checkpoint.read_optimizer(path.parent)
+        groups, own = stored["param_groups"], optimizer.state_dict()["param_groups"]
+        for ours, theirs in zip(own, groups, strict=True):
+            if any(_plain(ours[name]) != _plain(theirs[name]) for name in ours.keys() & theirs.keys() - {"lr"}):
+                raise ValueError("its settings are not those of the configuration")
+        parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        for i, held in stored["state"].items():
+            shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+            if {name: value.shape for name, value in held.items()} != shapes:
+                raise ValueError(f"the moments of parameter {i} have another shape")
+        optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
+    except Exception as error:  # whatever the structure of a file that is not ours leads to
+        raise InputError(f"{path} can't be loaded: {error or type(error).__name__}") from None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _on_cpu(tree: Any) -> Any:

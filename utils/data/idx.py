@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import struct
 import zlib
 from pathlib import Path
 
@@ -24,17 +26,27 @@ CLASSES = {
 DEBIAN = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}  # package dataset-fashion-mnist
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist). Raises InputError for a damaged one."""
+def read_idx(path: Path, n_dims: int) -> np.ndarray:
+    """The uint8 array of n_dims dimensions in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or not.
+
+    No more is read, or inflated, than the header declares.
+
+    Raises:
+        InputError: the file is damaged, or holds an array of another kind.
+    """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header = file.read(4 + 4 * n_dims)
+            whole = header[:4] == bytes([0, 0, 8, n_dims]) and len(header) == 4 + 4 * n_dims
+            shape = struct.unpack(f">{n_dims}I", header[4:]) if whole else (0,)
+            size, data = math.prod(shape), bytearray()
+            while len(data) <= size and (chunk := file.read(min(1 << 20, size + 1 - len(data)))):
+                data += chunk
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} can't be read: {error}") from None
-    n_dims = raw[3] if len(raw) > 3 else 0
-    shape = np.frombuffer(raw, ">u4", min(n_dims, (len(raw) - 4) // 4), 4) if n_dims else ()
-    if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * n_dims + int(np.prod(shape, dtype=np.int64)):
-        raise InputError(f"{path} is damaged: not a whole IDX file of bytes")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
+    if not size or len(data) != size:
+        raise InputError(f"{path} is damaged: not a whole IDX file of bytes in {n_dims} dimensions")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _find(folder: Path, split: str, kind: str) -> Path | None:
@@ -67,8 +79,8 @@ def load_idx(torchvision_name: str, options) -> dict[str, ImageSet]:
     """{"train": 60,000 images, "test": 10,000}. 28 pixels become 32 by a black border of 2, other sizes by resizing."""
     folder, sets = _folder(torchvision_name, options), {}
     for split in FILES:
-        images = torch.from_numpy(read_idx(_find(folder, split, "images-idx3")).copy())[:, None]
-        labels = torch.from_numpy(read_idx(_find(folder, split, "labels-idx1")).copy()).long()
+        images = torch.from_numpy(read_idx(_find(folder, split, "images-idx3"), 3))[:, None]
+        labels = torch.from_numpy(read_idx(_find(folder, split, "labels-idx1"), 1)).long()
         if len(images) != len(labels):
             raise InputError(f"{folder}: {len(images)} images but {len(labels)} labels in the {split} files")
         if options.image_size == 32:

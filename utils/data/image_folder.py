@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from utils.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
-MAX_PIXELS = 178_956_970  # Pillow's own bound: above it, it suspects a decompression bomb
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content; others would start programs, as PostScript does
+MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
+ERRORS = (OSError, SyntaxError, ValueError, AssertionError, Image.DecompressionBombError)
 
 
 def read_image(path: Path | str, channels: int) -> Tensor:
@@ -29,9 +32,7 @@ def read_image(path: Path | str, channels: int) -> Tensor:
         InputError: the file can't be decoded, or declares more than MAX_PIXELS; it is named.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"image {path} declares {image.width}x{image.height} pixels: refused")
+        with _open(path) as image:
             if image.mode in ("I;16", "I;16B", "I"):
                 levels = np.asarray(image, dtype=np.int64) * 255 / 65535
                 image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
@@ -41,18 +42,27 @@ def read_image(path: Path | str, channels: int) -> Tensor:
                 image = Image.alpha_composite(white, image)
             image = image.convert("RGB" if image.mode not in ("L", "1") else "L")
             pixels = torch.from_numpy(np.array(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ERRORS as error:
         raise InputError(f"image {path} can't be read: {error}") from None
     pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     return to_channels(pixels, channels)
 
 
+def _open(path: Path | str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"image {path} declares {image.width}x{image.height} pixels: refused")
+    return image
+
+
 def image_header(path: Path) -> tuple[tuple[int, int], bool]:
     """((width, height), whether it is gray) without decoding the pixels. Raises InputError for no image."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             return image.size, image.mode in ("1", "L", "I", "I;16", "I;16B")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ERRORS as error:
         raise InputError(f"image {path} can't be read: {error}") from None
 
 
