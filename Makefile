@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
+TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint venv clean-demo
+.PHONY: demo test chaos soak lint venv clean-demo
 
 demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under five minutes on two CPU cores
 	$(BIN)/python train_ddpm.py -c configs/ddpm_digits.yaml -e $(DEMO) -r auto
@@ -16,7 +17,13 @@ demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under f
 	@echo; echo "pictures:"; ls $(abspath $(DEMO))/curves.png $(abspath $(DEMO))/samples/*.png $(abspath $(DEMO))/images/*-grid.png
 
 test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
+
+chaos: $(VENV)/.installed-dev  ## kill trainings and generations several hundred times: more than an hour
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
+
+soak: $(VENV)/.installed  ## 50,000 steps: does anything grow?
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,9 +1,12 @@
-"""The scripts called within the test's own process, which spares the imports; and a network that is not trained."""
+"""The scripts called within the test's own process or forks of it, which spares the imports; and untrained networks."""
 
 import io
+import os
+import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, environment
 from safetensors.torch import save_file
 
@@ -97,6 +101,41 @@ def refused(main: Callable, *args: object, cwd: Path, says: list[str]) -> None:
     missing = [part for part in says if part not in done.stderr]
     assert not missing, f"{done.stderr!r} does not say {missing}"
     assert contents(cwd) == before
+
+
+def forked(
+    main: Callable, *args: object, cwd: Path, processes: int = 1, prepare: Callable = lambda: None, status: int = 0
+) -> None:
+    """A script's main in forks of this process that first call prepare(); checks the exit status of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    pids = []
+    for rank in range(processes):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        end_with = 1
+        try:
+            sys.stdout = sys.stderr = open(cwd / f"rank{rank}.log", "w")  # noqa: SIM115 (until the process ends)
+            os.chdir(cwd)
+            own = launch | {"RANK": rank, "LOCAL_RANK": rank}
+            os.environ.update({name: str(value) for name, value in own.items()})
+            AcceleratorState._reset_state(reset_partial_state=True)
+            sys.argv = [f"{main.__module__}.py", *map(str, args)]
+            prepare()
+            run_script(main)
+        except SystemExit as end:
+            end_with = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(end_with)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    said = [(cwd / f"rank{rank}.log").read_text()[-2000:] for rank in range(processes)]
+    assert ends == [status] * processes, "\n".join([str(ends), *said])
 
 
 def on_two_processes(cwd: Path, *calls: list[object]) -> None:

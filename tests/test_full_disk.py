@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from chaos import same_checkpoint
 from conftest import TINY, command, environment, run
-from test_training import assert_same_checkpoint
 
 from utils import checkpoint
 from utils.errors import SaveFailed
@@ -43,7 +43,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path: Path, policy: str) -> None:
     if policy == "go_on":  # with room again, the run ends as if nothing had happened
         run("train_ddpm.py", "-e", "run", "-r", "auto", cwd=tmp_path)
         run("train_ddpm.py", "-e", "whole", *ARGS, cwd=tmp_path)
-        assert_same_checkpoint(tmp_path / "whole/ckpt/step000060", tmp_path / "run/ckpt/step000060")
+        same_checkpoint(tmp_path / "whole/ckpt/step000060", tmp_path / "run/ckpt/step000060")
 
 
 def test_a_folder_removed_under_the_run_ends_it_in_one_line(tmp_path: Path) -> None:
