@@ -135,12 +135,11 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
 
 
 def default_out(options, weights) -> Path:
-    """SAVE_DIR-scores beside a folder; RUN/scores/stepNNNNNN for a checkpoint."""
-    if options.images:
-        folder = Path(options.images).resolve()
-        return folder.with_name(f"{folder.name}-scores")
-    step = weights.file.parent
-    return step.parent.parent / "scores" / step.name if step.parent.name == "ckpt" else step / "scores"
+    """SAVE_DIR-scores beside a folder of images; else where the weights have theirs."""
+    if weights:
+        return weights.scores
+    folder = Path(options.images).resolve()
+    return folder.with_name(f"{folder.name}-scores")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Public layouts of the DDPM U-Net <-> ours: parameter names both ways, and the architecture that tensors imply.
 
-The DDIM authors' checkpoints and the converted DDPM release have our names. diffusers' UNet2DModel has others, counts the
-levels of the way up from the lowest resolution, and has linear layers where the attention has 1x1 convolutions.
+The DDIM authors' checkpoints and the converted DDPM release have our names. diffusers' UNet2DModel has others, counts
+the levels of the way up from the lowest resolution, and has linear layers where the attention has 1x1 convolutions.
 """
 
 import re
@@ -81,11 +81,15 @@ def ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     other = _other(state)
     if other:
         raise ValueError(f"it holds {other}, not the U-Net of DDPM")
-    if any(name.startswith("down_blocks.") for name in state):
+    if has_diffusers_names(state):
         return from_diffusers(state)
     if not any(name.startswith(("down.", "temb.")) for name in state):
         raise ValueError(f"its tensors ({_some(list(state))}) have the names of no layout that is known here")
     return dict(state)
+
+
+def has_diffusers_names(names: Iterable[str]) -> bool:
+    return any(name.startswith("down_blocks.") for name in names)
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
