@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,7 @@ def read(place: Path, asked: dict[str, Any]) -> Foreign:
 
 def weights_file(folder: Path) -> Path:
     """The weights of a diffusers folder: a pipeline's or of its U-Net alone, .safetensors before .bin."""
-    index = _json(folder / "model_index.json") or {}
+    index = _json(folder / "model_index.json", must=True) or {}
     more = sorted(name for name in index if name in ("vae", "vqvae", "text_encoder", "tokenizer"))
     if more:
         raise InputError(f"--weights {folder} holds a {index.get('_class_name')} with {', '.join(more)}: not DDPM's")
@@ -125,13 +126,16 @@ def load(file: Path) -> Any:
     if file.suffix == ".safetensors":
         return read_weights(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch.save did not write
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
     except Exception as error:  # torch has no common type for what a damaged or hostile file can do
-        unsafe = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        unsafe = isinstance(error, pickle.UnpicklingError) and head.startswith((b"PK\x03\x04", b"\x80"))
+        called = re.search(r"GLOBAL (\S+)", str(error))
     if unsafe:
+        what = f"calls {called[1]}" if called else "holds more than tensors"
         raise InputError(
-            f"--weights {file} is a pickle that wants to call {unsafe[1]}: refused, nothing of it was executed; "
-            "wanted tensors alone (a state dict)"
+            f"--weights {file} is a pickle that {what}: refused, nothing of it was executed; wanted a state dict"
         )
     raise InputError(f"--weights {file} can't be read: damaged, half a download, or not written by torch.save")
 
@@ -157,7 +161,7 @@ def _add_scheduler(foreign: Foreign) -> None:
     folder = foreign.file.parent
     home = folder.parent if folder.name == "unet" else folder
     for path in (folder / "scheduler_config.json", home / "scheduler" / "scheduler_config.json"):
-        if (options := _json(path)) is not None:
+        if (options := _json(path, must=True)) is not None:
             keys, notes = _parsed(diffusers_format.scheduler_keys, options, path)
             foreign.known |= keys
             foreign.notes += [f"{path.name}: {note} has no counterpart here and is left out" for note in notes]
