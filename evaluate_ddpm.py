@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
-    add("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
+    add("--weights", metavar="PATH", help="run, checkpoint or diffusers folder, weights file, hub id")
     add("--images", metavar="DIR", help="score this folder instead (every image below it)")
     add("--reference", metavar="NAME|DIR", help="data set, NAME:train (default), NAME:test or NAME:all, or a folder")
     add("--n_samples", metavar="N", help="images to generate")
