@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
-    add("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
+    add("--weights", metavar="PATH", help="run, checkpoint or diffusers folder, weights file, hub id")
     add("--images", metavar="DIR", help="score this folder instead (every image below it)")
     add("--reference", metavar="NAME|DIR", help="data set, NAME:train (default), NAME:test or NAME:all, or a folder")
     add("--n_samples", metavar="N", help="images to generate")
@@ -135,12 +135,11 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
 
 
 def default_out(options, weights) -> Path:
-    """SAVE_DIR-scores beside a folder; RUN/scores/stepNNNNNN for a checkpoint."""
-    if options.images:
-        folder = Path(options.images).resolve()
-        return folder.with_name(f"{folder.name}-scores")
-    step = weights.file.parent
-    return step.parent.parent / "scores" / step.name if step.parent.name == "ckpt" else step / "scores"
+    """SAVE_DIR-scores beside a folder of images; else where the weights have theirs."""
+    if weights:
+        return weights.scores
+    folder = Path(options.images).resolve()
+    return folder.with_name(f"{folder.name}-scores")
 
 
 if __name__ == "__main__":

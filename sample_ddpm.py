@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
-    add("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors file")
+    add("--weights", metavar="PATH", help="run, checkpoint or diffusers folder, weights file, hub id")
     add("--n_samples", type=cli.positive, metavar="N", help="images in the folder when all is done")
     add("--save_dir", metavar="DIR", help="folder for the images; nothing else goes into it")
     add("--seed", type=cli.natural, default=2022, help="seed of the noise (default: 2022)")

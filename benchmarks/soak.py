@@ -103,7 +103,9 @@ def soak(n_steps: int, out: Path, *args: str, every: float = 1.0) -> dict[str, d
             time.sleep(every)
     if process.wait():
         raise SystemExit((out / "log.txt").read_text()[-3000:])
-    result = slopes(steps, {name: [row[name] for row in found] for name in found[0]}, n_steps // 10)
+    series = {name: [row[name] for row in found] for name in found[0]}
+    (out / "series.json").write_text(json.dumps({"step": steps, **series}))
+    result = slopes(steps, series, n_steps // 10)
     rows = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "images_per_second" in row]
     took = {"step time [ms]": [4 / row["images_per_second"] * 1000 for row in rows]}

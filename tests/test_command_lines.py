@@ -1,4 +1,4 @@
-"""The three scripts as processes: help, --print_config, and wrong input that ends in one line with status 2."""
+"""The four scripts as processes: help, --print_config, and wrong input that ends in one line with status 2."""
 
 import os
 import socket
@@ -26,6 +26,10 @@ SCRIPTS = {  # name -> sections whose keys its help lists, its own options
         "data model diffusion train sample evaluate",
         "-c --weights --images --reference --n_samples --metrics --samplers --skip_steps --feature_extractor "
         "--feature_extractor_weights --out --force --print_config",
+    ),
+    "convert_ddpm.py": (
+        "data model diffusion train sample evaluate",
+        "-c --weights --to --out --load_ema --print_config",
     ),
 }
 
@@ -130,7 +134,11 @@ REFUSED = [
     ("evaluate_ddpm.py", "--weights x --reference digits --skip_steps 5 many", ["sample.skip_steps = 'many'"]),
     ("evaluate_ddpm.py", "--weights absent --reference digits --skip_steps null", ["absent"]),
     ("evaluate_ddpm.py", "--metrics fid lpips", ["evaluate.metrics", "lpips", "fid, isc, kid, prc"]),
+    ("convert_ddpm.py", "--weights x --out out", ["--to must be given"]),
+    ("convert_ddpm.py", "--to onnx", ["--to", "onnx", "native"]),
     # from here on the answer takes torch
+    ("convert_ddpm.py", "--weights absent --to native --out out", ["absent", "no such"]),
+    ("convert_ddpm.py", "--weights {inputs}/run --to native --out {inputs}/images", ["--out", "already holds"]),
     ("train_ddpm.py", "-e {inputs}/run", ["run", "already holds", "-r auto"]),
     ("train_ddpm.py", "-r auto", ["-r auto", "-e"]),
     ("train_ddpm.py", "-r absent", ["-r absent", "no such"]),

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.pretrained import differences
 from utils.errors import InputError, SaveFailed, TrainingDiverged, run_script
 
 MANIFEST = "manifest.json"
+CONFIG, KIND = "config", "weights"  # in the header of a safetensors file that stands alone: YAML, and EMA, raw or only
 NAME = re.compile(r"step(\d{6,})$")
 
 
@@ -203,15 +205,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"weights {path} can't be read: {error}") from None
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing for one without, or for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     """Load by name and shape, strictly. Raises InputError that names what differs."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if missing or extra or shapes:
-        kinds = {"tensors missing": missing, "not in the network": extra, "of another shape": sorted(shapes)}
-        parts = [f"{len(names)} {what} (such as {names[0]})" for what, names in kinds.items() if names]
-        raise InputError(f"{source} holds weights of another architecture: {'; '.join(parts)}")
+    shapes = lambda state: {name: list(value.shape) for name, value in state.items()}
+    differ = differences(shapes(model.state_dict()), shapes(weights))
+    if differ:
+        raise InputError(f"{source} holds weights of another architecture: {differ}")
     model.load_state_dict(weights)
 
 

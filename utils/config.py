@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import math
 import re
 import types
@@ -351,20 +352,29 @@ def _in_range(info: KeyInfo, value: Any) -> bool:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The leaves of a YAML file as {dotted key: value}. Raises InputError for a missing or malformed file."""
-    import yaml  # omegaconf's own dependency; only its error type is needed
-
     try:
-        loaded = OmegaConf.load(path)
+        text = Path(path).read_text()
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"config file {path} is a folder") from None
-    except RecursionError:
-        raise InputError(f"config file {path} is nested too deeply") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, ValueError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"config file {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    return parse_yaml(text, f"config file {path}")
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The leaves of YAML text as {dotted key: value}. Raises InputError, which says `where`, for malformed text."""
+    import yaml  # omegaconf's own dependency; only its error type is needed
+
+    try:
+        loaded = OmegaConf.load(io.StringIO(text))
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, DictConfig):
-        raise InputError(f"config file {path} must hold sections (data:, model:, ...), not a list")
+        raise InputError(f"{where} must hold sections (data:, model:, ...), not a list")
     return flatten(OmegaConf.to_container(loaded, resolve=False))
 
 

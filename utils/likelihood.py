@@ -57,7 +57,7 @@ def bound_row(
         "extractor_weights_sha256": None,
         "metrics": ["bpd"],
     }
-    label = f"{chain}, bound of {process.total_steps} terms; {weights.file.parent.name} ({weights.kind}), seed {seed}"
+    label = f"{chain}, bound of {process.total_steps} terms; {weights.origin} ({weights.kind}), seed {seed}"
     if known(cell_id(protocol)):
         say(f"{label}: already there")
         return None

@@ -9,7 +9,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusions import GaussianDiffusion, time_grid
-from utils.checkpoint import sha256
 
 
 def sampling_identity(
@@ -19,7 +18,7 @@ def sampling_identity(
     options = config.sample
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
     return {
-        "weights_sha256": sha256(weights.file),
+        "weights_sha256": weights.sha256(),
         "model": OmegaConf.to_container(config.model),
         "shape": [config.data.channels, config.data.image_size, config.data.image_size],
         "objective": process.objective,

@@ -145,7 +145,7 @@ class Scorer:
         """What a row of the table is about."""
         if weights is None:
             return str(options.images)
-        origin = f"{weights.file.parent.name} ({weights.kind}), seed {seed}"
+        origin = f"{weights.origin} ({weights.kind}), seed {seed}"
         sample = config.sample
         eta = f", eta {sample.eta:g}" if sample.eta else ""
         steps = sample.skip_steps or config.diffusion.total_steps
