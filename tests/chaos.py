@@ -9,6 +9,7 @@ time after the start of a process, once there is something to lose. After every 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import torch
 from conftest import ROOT, environment
+from in_process import end_of, fork
+from kill_at import Death, arm
 from safetensors.torch import load_file
 
 from utils import checkpoint
@@ -72,15 +75,10 @@ class Job:
         assert process.returncode == 0, f"status {process.returncode}\n{log_of(place).read_text()[-4000:]}"
         return first or time.monotonic() - began
 
-    def kill(self, place: Path, moment: str | None = None, nth: int = 1, delay: float = 600) -> bool:
+    def kill(self, place: Path, moment: str | None = None, nth: int = 1, delay: float = 0) -> bool:
         """One life, killed at the nth `moment` or after `delay` seconds; False where it ended before that."""
         before = self.safe(place)
-        process = self.start(place, **({"DIE_AT": moment, "DIE_NTH": str(nth)} if moment else {}))
-        try:
-            status = process.wait(delay)
-        except subprocess.TimeoutExpired:
-            self.strike(process.pid)
-            status = process.wait(120)
+        status = self.die_at(place, moment, nth) if moment else self.die_after(place, delay)
         said = log_of(place).read_text()
         died = status == -signal.SIGKILL if self.processes == 1 else status != 0 and "SIGKILL" in said
         assert died or status == 0, f"status {status}\n{said[-4000:]}"
@@ -88,6 +86,20 @@ class Job:
         if died:
             self.kills[moment or f"at random, {phase(place, said)}"] += 1
         return died
+
+    def die_at(self, place: Path, moment: str, nth: int) -> int:
+        """In a fork of this process, which spares the imports."""
+        args = [word.replace("PLACE", str(place)) for word in self.args]
+        main = importlib.import_module(self.script.removesuffix(".py")).main
+        return end_of(fork(main, args, place.parent, log_of(place), lambda: arm(Death(moment, nth))))
+
+    def die_after(self, place: Path, delay: float) -> int:
+        process = self.start(place)
+        try:
+            return process.wait(delay)
+        except subprocess.TimeoutExpired:
+            self.strike(process.pid)
+            return process.wait(120)
 
     def strike(self, pid: int) -> None:
         """Kill the process; of a launcher's, one or all."""
@@ -167,9 +179,10 @@ def generation(weights: Path) -> Job:
     return Job("sample_ddpm.py", args, lambda place: len(images(place)), same_images)
 
 
-def moments(place: Path) -> list[str]:
-    """The moments at which the uninterrupted command wrote."""
-    return [line.split("\t")[1] for line in place.with_name("moments.txt").read_text().splitlines()]
+def moments(place: Path) -> dict[str, int]:
+    """The moments at which the uninterrupted command wrote, and how often."""
+    lines = [line.split("\t") for line in place.with_name("moments.txt").read_text().splitlines()]
+    return {moment: int(n) for n, moment in lines}
 
 
 def torment(job: Job, folder: Path, staged: int, n_random: int, report: Callable[[str], None] = print) -> dict:
@@ -178,9 +191,10 @@ def torment(job: Job, folder: Path, staged: int, n_random: int, report: Callable
     A round is one run from nothing to its end, which must equal that of the uninterrupted run folder/whole.
     """
     whole, n_rounds = folder / "whole", 0
-    folder.mkdir(parents=True)
+    folder.mkdir()
     start = job.finish(whole, MOMENTS=str(folder / "moments.txt"))
-    todo = [moment for moment in moments(whole) for _ in range(staged)]
+    often = moments(whole)
+    todo = [moment for moment in often for _ in range(staged)]
     random.shuffle(todo)
     while todo or n_random > 0:
         n_rounds, lives = n_rounds + 1, True
@@ -193,7 +207,7 @@ def torment(job: Job, folder: Path, staged: int, n_random: int, report: Callable
                 )
                 n_random -= lives and at_stake
             else:
-                lives = job.kill(place, todo[0], nth=random.choice((1, 2)))
+                lives = job.kill(place, todo[0], nth=random.choice((1, 2)) if often[todo[0]] > 20 else 1)
                 todo = todo[1:] if lives else todo[1:] + todo[:1]  # it had no such moment left: in the next round
             report(f"round {n_rounds}: {sum(job.kills.values())} kills; {len(todo)} staged, {n_random} random to come")
         job.finish(place)
@@ -218,6 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     random.seed(0)
     began, summary = time.monotonic(), {}
+    options.out.mkdir(parents=True)
     say = lambda line: print(f"{(time.monotonic() - began) / 60:6.1f} min  {line}", flush=True)
     out = options.out.resolve()
     summary["training"] = torment(training(), out / "training", options.staged, options.random, say)

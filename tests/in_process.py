@@ -103,39 +103,43 @@ def refused(main: Callable, *args: object, cwd: Path, says: list[str]) -> None:
     assert contents(cwd) == before
 
 
+def fork(main: Callable, args: list[object], cwd: Path, log: Path, prepare: Callable, **variables: object) -> int:
+    """Start a script's main in a fork of this process that first calls prepare(); returns its process id."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        sys.stdout = sys.stderr = open(log, "w")  # noqa: SIM115 (until the process ends)
+        os.chdir(cwd)
+        os.environ.update({name: str(value) for name, value in variables.items()}, ACCELERATE_USE_CPU="true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        sys.argv = [f"{main.__module__}.py", *map(str, args)]
+        prepare()
+        run_script(main)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def end_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def forked(
     main: Callable, *args: object, cwd: Path, processes: int = 1, prepare: Callable = lambda: None, status: int = 0
 ) -> None:
     """A script's main in forks of this process that first call prepare(); checks the exit status of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    pids = []
-    for rank in range(processes):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        end_with = 1
-        try:
-            sys.stdout = sys.stderr = open(cwd / f"rank{rank}.log", "w")  # noqa: SIM115 (until the process ends)
-            os.chdir(cwd)
-            own = launch | {"RANK": rank, "LOCAL_RANK": rank}
-            os.environ.update({name: str(value) for name, value in own.items()})
-            AcceleratorState._reset_state(reset_partial_state=True)
-            sys.argv = [f"{main.__module__}.py", *map(str, args)]
-            prepare()
-            run_script(main)
-        except SystemExit as end:
-            end_with = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(end_with)
-    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    said = [(cwd / f"rank{rank}.log").read_text()[-2000:] for rank in range(processes)]
-    assert ends == [status] * processes, "\n".join([str(ends), *said])
+        launch = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    logs = [cwd / f"rank{rank}.log" for rank in range(processes)]
+    pids = [fork(main, args, cwd, log, prepare, RANK=r, LOCAL_RANK=r, **launch) for r, log in enumerate(logs)]
+    ends = [end_of(pid) for pid in pids]
+    assert ends == [status] * processes, "\n".join([str(ends), *(log.read_text()[-2000:] for log in logs)])
 
 
 def on_two_processes(cwd: Path, *calls: list[object]) -> None:

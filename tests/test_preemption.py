@@ -12,6 +12,7 @@ from conftest import TINY, command, environment, run
 
 from utils import checkpoint
 from utils.errors import InputError
+from utils.run_folder import open_run
 from utils.run_lock import lock
 from utils.stopping import StopRule
 
@@ -80,6 +81,16 @@ def test_the_second_ctrl_c_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_killed_before_its_first_file_starts_again(tmp_path: Path) -> None:
+    """Found by tests/chaos.py: the folder holds a lock that nobody holds, and half of a configuration."""
+    for name in (".lock", ".config.yaml.17.tmp"):
+        (tmp_path / name).touch()
+    assert open_run(("", {}), [], str(tmp_path), "auto").checkpoint is None
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="is not a run folder"):
+        open_run(("", {}), [], str(tmp_path), "auto")
 
 
 def test_the_time_limit_ends_with_status_0(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,10 +118,9 @@ def _find(path: Path, auto: bool) -> tuple[Path, Path | None, list[Path]]:
         return path.resolve().parent.parent, path.resolve(), []
     if path.exists() and not path.is_dir():
         raise InputError(f"run folder {path} is a file")
-    is_run = (
-        not path.exists() or (path / "ckpt").is_dir() or (path / "config.yaml").is_file() or not any(path.iterdir())
-    )
-    if not is_run:
+    found = [file.name for file in path.iterdir()] if path.exists() else []
+    begun = all(name.startswith(".") for name in found)  # empty, or killed before its config.yaml was there
+    if not (begun or (path / "ckpt").is_dir() or (path / "config.yaml").is_file()):
         raise InputError(f"{path} is not a run folder: it holds other files and neither config.yaml nor ckpt/")
     good, bad = newest(path, say)
     if good is None and not auto:
@@ -157,4 +156,6 @@ def _claim(run: Run) -> None:
         raise InputError(f"{run.folder} was trained further meanwhile: start again with -r auto")
     for folder, suffix in run.aside.items():
         say(f"{folder.name} is now {quarantine(folder, suffix).name}")
+    for leftover in (*run.folder.glob(".*.tmp"), *run.folder.glob("samples/.*.tmp")):  # of a killed process
+        leftover.unlink()
     write_atomically(run.folder / "config.yaml", lambda path: path.write_text(to_yaml(run.config)))
