@@ -90,7 +90,10 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
     """Make torch's own generator, which dropout draws from, a function of where training stands."""
     digest = hashlib.blake2b(f"{seed} {step} {rank} {micro_batch}".encode(), digest_size=7).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
+    number = int.from_bytes(digest, "little")
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond where there is no GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
 
 
 def sync_gradients(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> AbstractContextManager:
