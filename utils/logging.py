@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -85,6 +86,7 @@ class RunLog:
 
     def _draw(self) -> None:
         self._write("curves.png", lambda: draw_curves(self.run))
+        gc.collect()  # a figure is a knot of cycles, which Python would leave lying for hours: 3 MB each
         self.drawn, self.redraw = time.monotonic(), False
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
@@ -155,10 +157,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def draw_curves(run: Path) -> None:
     """curves.png: training and validation losses, learning rate and scores of metrics.jsonl over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_metrics(run / "metrics.jsonl")
     panels = {
@@ -171,8 +170,9 @@ def draw_curves(run: Path) -> None:
     panels = {panel: names for panel, names in panels.items() if names}
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axis, (panel, names) in zip(axes[0], panels.items()):
+    figure = Figure(figsize=(5 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (panel, names) in zip(axes, panels.items()):
         for name, label in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
@@ -184,7 +184,6 @@ def draw_curves(run: Path) -> None:
         axis.legend()
     figure.tight_layout()
     write_atomically(run / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def banner(log: RunLog, run, net, process, batches, held_out, resolved: dict, start: int, n_steps: int) -> None:
