@@ -2,13 +2,15 @@
 
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,8 +127,18 @@ def fork(main: Callable, args: list[object], cwd: Path, log: Path, prepare: Call
         os._exit(status)
 
 
-def end_of(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def end_of(pid: int, seconds: float = 300) -> int:
+    """Its exit status; one that goes on for longer than that is killed."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"process {pid} did not end within {seconds:g} s")
+        time.sleep(0.01)
 
 
 def forked(
@@ -138,7 +150,13 @@ def forked(
         launch = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
     logs = [cwd / f"rank{rank}.log" for rank in range(processes)]
     pids = [fork(main, args, cwd, log, prepare, RANK=r, LOCAL_RANK=r, **launch) for r, log in enumerate(logs)]
-    ends = [end_of(pid) for pid in pids]
+    try:
+        ends = [end_of(pid) for pid in pids]
+    except TimeoutError:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
     assert ends == [status] * processes, "\n".join([str(ends), *(log.read_text()[-2000:] for log in logs)])
 
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -45,11 +46,12 @@ class Death:
     """Counts the moments that pass and ends the process at the chosen one."""
 
     def __init__(self, moment: str | None, nth: int = 1) -> None:
-        self.moment, self.nth, self.met = moment, nth, Counter()
+        self.moment, self.nth, self.met, self.lock = moment, nth, Counter(), threading.Lock()
 
     def comes(self, moment: str) -> bool:
-        self.met[moment] += 1
-        return moment == self.moment and self.met[moment] == self.nth
+        with self.lock:  # images are written by several threads
+            self.met[moment] += 1
+            return moment == self.moment and self.met[moment] == self.nth
 
     def strike(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

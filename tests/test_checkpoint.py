@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from utils import checkpoint, config, training_state
+from utils import checkpoint, config, logging, training_state
 from utils.checkpoint import load_weights, newest, problem, prune, publish, published, read_optimizer, read_weights
 from utils.errors import InputError, SaveFailed, TrainingDiverged
 from utils.optimizer import build_ema
@@ -112,6 +112,48 @@ def test_publishing_again_sets_a_damaged_folder_aside(tmp_path):
     aside = [read_weights(tmp_path / "ckpt" / name / "model.safetensors")["0.bias"][0].item() for name in names[1:]]
     assert aside == [1.0, 2.0, 3.0]
     assert [path.name for path in published(tmp_path)] == ["step000005"]
+
+
+def test_a_damaged_folder_that_can_not_be_set_aside_is_a_failed_save(tmp_path, monkeypatch):
+    damage(save(tmp_path, 5) / "model.safetensors", "truncated")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "quarantine", refuse)
+    with pytest.raises(SaveFailed, match="step 5 could not be written: Permission denied"):
+        save(tmp_path, 5)
+
+
+def test_a_file_that_can_not_be_read_is_a_problem_not_a_crash(tmp_path, monkeypatch):
+    folder = save(tmp_path, 5)
+
+    def bad_sector(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "sha256", bad_sector)
+    assert problem(folder) == "config.yaml can't be read: Input/output error"
+
+
+def test_a_name_that_no_file_can_have_is_a_problem_not_a_crash(tmp_path):
+    folder = save(tmp_path, 5)
+    for name in ("x" * 5000, "x\0y"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["sha256"][name] = "0"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert re.search("can't be read|is missing", problem(folder))
+
+
+def test_logs_that_can_not_be_cut_stop_every_process(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1}\n')
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logging, "write_atomically", refuse)
+    alone = SimpleNamespace(is_main_process=True, num_processes=1)
+    with pytest.raises(SaveFailed, match=r"metrics\.jsonl can't be rewritten: No space left on device"):
+        logging.RunLog(alone, tmp_path, 5, 10)
 
 
 def test_staging_folders_of_killed_processes_are_cleared(tmp_path):

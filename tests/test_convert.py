@@ -117,6 +117,14 @@ def test_a_file_alone_says_what_it_is(tmp_path: Path, trained: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
+def test_a_checkpoints_file_that_was_taken_away_still_says_what_it_is(tmp_path: Path, trained: Path) -> None:
+    for name, kind in (("ema", "EMA"), ("model", "raw")):
+        source = next(trained.glob(f"ckpt/step000012/{name}.safetensors"))
+        alone = shutil.copy(source, tmp_path / f"my-{name}.safetensors")
+        found, beside = opened(alone), opened(trained, load_ema=kind == "EMA")
+        assert found.kind == kind and found.config == beside.config
+
+
 def test_training_goes_on_from_what_was_converted(tmp_path: Path) -> None:
     """A converted run starts at its weights, with a new optimizer, as its -c and data keys say."""
     network = randomised(diffusers_unet(8, 32, (1, 2), (4,)))
@@ -326,6 +334,9 @@ def test_a_pickle_is_never_executed(tmp_path: Path, zipped: bool) -> None:
         ({"block_out_channels": [64, 64, 64]}, ["model.dim = 32", "says 64"]),
         ({"block_out_channels": 5}, ["config.json", "wrong type"]),
         ({"layers_per_block": 3}, ["num_res_blocks"]),
+        ({"sample_size": 0}, ["data.image_size = 0", "wanted int"]),
+        ({"sample_size": 32.5}, ["data.image_size = 32.5", "wanted int"]),
+        ({"sample_size": "big"}, ["data.image_size = 'big'", "wanted int"]),
     ],
 )  # fmt: skip
 def test_options_of_diffusers_that_are_not_here_are_named(tmp_path, small, options, says) -> None:

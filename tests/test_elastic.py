@@ -42,9 +42,9 @@ def hashes(folder: Path, world: int) -> list[str]:
     return [hashlib.sha256(data).hexdigest() for data in joined]
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path, name: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[name] for row in rows if name in row]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,8 @@ def test_the_first_20_losses_agree_in_fp32(runs: Path) -> None:
     assert len(alone) == 20 and alone[-1] < alone[0]
     for found in others:
         assert found == pytest.approx(alone, abs=1e-5)
+    rates = [losses(runs / str(world), "lr") for world in WORLDS]
+    assert len(rates[0]) == 20 and rates[0] == rates[1] == rates[2]
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_one_or_four(runs: Path, tmp_path: Path) -> None:

@@ -242,17 +242,14 @@ REFUSED = {
     "short": entries(lambda n, v: v.flatten()[:1]),  # a fused update goes on behind its end
     "nothing held": entries(lambda n, v: v if n == "step" else v[:0]),
     "long": entries(lambda n, v: v if n == "step" else torch.cat([v, v])),
-}  # fmt: skip
-USED = {
     "int": entries(lambda n, v: v.long()), "bool step": entries(lambda n, v: True if n == "step" else v),
     "fused": group(fused="x", foreach=True), "capturable": group(capturable=True), "amsgrad": group(amsgrad=True),
-    "no state": lambda o: {**o, "state": {}},
+    "no state": lambda o: {**o, "state": {}}, "one lost": lambda o: {**o, "state": dict(list(o["state"].items())[1:])},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [*REFUSED, *USED])
-def test_an_odd_optimizer_is_named_or_perhaps_used(run, how):
+@pytest.mark.parametrize("how", REFUSED)
+def test_an_odd_optimizer_is_named(run, how):
     path = run / "ckpt/step000002/optimizer.pt"
-    forged(path, (REFUSED | USED)[how](torch.load(path, weights_only=True)))
-    line = resume(run, n_steps=3)
-    assert "optimizer.pt" in line or (line == "" and how in USED)
+    forged(path, REFUSED[how](torch.load(path, weights_only=True)))
+    assert "optimizer.pt can't be loaded" in resume(run, n_steps=3)

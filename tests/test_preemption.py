@@ -25,7 +25,7 @@ def start(cwd: Path, *args: object, processes: int = 1) -> subprocess.Popen:
     """A training that has made a few steps."""
     process = subprocess.Popen(
         command("train_ddpm.py", "-e", "run", "-r", "auto", *args, processes=processes), cwd=cwd, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     lines = lambda: (cwd / "run/metrics.jsonl").read_text().count("\n") if (cwd / "run/metrics.jsonl").exists() else 0
     before = lines()
@@ -63,6 +63,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> N
     (saved,) = checkpoint.published(tmp_path / "run")
     assert checkpoint.step_of(saved) % 10 == 0 and checkpoint.problem(saved) is None
     assert "by SIGUSR1 at step" in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_signal_to_the_whole_group_spares_the_workers_that_read_images(tmp_path: Path) -> None:
+    training = start(tmp_path, *ENDLESS, "--data.cache", "false", "--data.num_workers", 1)
+    assert children(training.pid)
+    os.killpg(training.pid, signal.SIGTERM)
+    assert training.wait(60) == 128 + signal.SIGTERM, training.stderr.read()
+    (saved,) = checkpoint.published(tmp_path / "run")
+    assert checkpoint.step_of(saved) % 10 == 0 and checkpoint.problem(saved) is None
 
 
 def test_the_second_ctrl_c_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,25 @@ diffusion: !!python/object:argparse.Namespace
         opened(path)
     (path.parent / "config.yml").write_text("!!python/object/apply:os.system [echo]")
     with pytest.raises(InputError, match=r"config\.yml can't be read"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("data: {image_size: '32x'}", "data.image_size = '32x'"),
+        ("data: {image_size: 0}", "data.image_size = 0"),
+        ("model: {attn_resolutions: 16}", "model.attn_resolutions = 16"),
+        ("model: {var_type: [1]}", "config.yml can't be read"),
+        ("model: {? [1] : 2}", "config.yml can't be read"),
+        ("[" * 5000, "config.yml can't be read"),
+        ("data: {dataset: 2001-99-99}", "config.yml can't be read"),
+    ],
+)
+def test_an_odd_config_of_the_authors_is_named(tmp_path, small, text, says):
+    path = write(small, tmp_path / "there", "ckpt.pth")
+    (path.parent / "config.yml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(says)):
         opened(path)
 
 

@@ -78,24 +78,24 @@ def publish(
         TrainingDiverged: a weight is not finite.
         SaveFailed: a full disk, a quota, a folder that is gone; nothing is left behind.
     """
-    target = ckpt_dir / folder_name(step)
-    if target.exists():
-        if not problem(target):
-            return target
-        quarantine(target, "bad")
     for kind, weights in (("model", model), ("EMA", ema)):
         broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise TrainingDiverged(f"the {kind} weights of step {step:,} are not finite ({broken[0]}): not published")
-    staging = None
+    target, staging = ckpt_dir / folder_name(step), None
     try:
+        if target.exists():
+            if not problem(target):
+                return target
+            quarantine(target, "bad")
         ckpt_dir.mkdir(parents=True, exist_ok=True)
         for leftover in ckpt_dir.glob(".staging-*"):  # of a process that was killed while it wrote
             shutil.rmtree(leftover, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=ckpt_dir))
         (staging / "config.yaml").write_text(config_yaml)
-        save_file(_plain(model), staging / "model.safetensors")
-        save_file(_plain(ema), staging / "ema.safetensors")
+        for name, kind, weights in (("model", "raw", model), ("ema", "EMA", ema)):
+            header = {"format": "pt", CONFIG: config_yaml, KIND: kind}  # each file can be taken away and used alone
+            save_file(_plain(weights), staging / f"{name}.safetensors", header)
         torch.save(optimizer, staging / "optimizer.pt")
         (staging / "state.json").write_text(json.dumps(state, indent=1))
         files = sorted(staging.iterdir())
@@ -136,10 +136,13 @@ def problem(folder: Path) -> str | None:
     if is_checkpoint_name(folder) and step != step_of(folder):
         return f"{MANIFEST} is that of step {step}"
     for name, expected in sums.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != expected:
-            return f"{name} is damaged: its SHA-256 differs from the manifest's"
+        try:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256(folder / name) != expected:
+                return f"{name} is damaged: its SHA-256 differs from the manifest's"
+        except (OSError, ValueError) as error:  # a bad sector, no permission, a name that no file can have
+            return f"{name} can't be read: {getattr(error, 'strerror', None) or error}"
     return None
 
 

@@ -54,11 +54,11 @@ def config_keys(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(), Loader)
         found = {f"{section}.{name}": value for section, keys in tree.items() for name, value in keys.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        variance = {"fixedlarge": "fixed-large", "fixedsmall": "fixed-small"}.get(found.get("model.var_type"))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, AttributeError) as error:
         raise InputError(f"{path} can't be read as the DDIM authors' config: {str(error).splitlines()[0]}") from None
     keys = {ours: found[theirs] for theirs, ours in KEYS.items() if theirs in found}
     keys = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in keys.items()}
-    variance = {"fixedlarge": "fixed-large", "fixedsmall": "fixed-small"}.get(found.get("model.var_type"))
     return keys | ({"sample.sampler": variance} if variance else {})
 
 

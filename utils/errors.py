@@ -21,7 +21,7 @@ class TrainingDiverged(Exception):
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; those before it are untouched."""
+    """A file of a run could not be written; the checkpoints are untouched."""
 
 
 def is_main_process() -> bool:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from models import pretrained
 from models.pretrained import Architecture
 from utils import ddim_format, diffusers_format
 from utils.checkpoint import read_weights
+from utils.config import merge
 from utils.errors import InputError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -90,6 +92,7 @@ def read(place: Path, asked: dict[str, Any]) -> Foreign:
         keys, levels = _parsed(diffusers_format.unet_keys, options, file.parent / "config.json")
         foreign.known |= keys
         _add_scheduler(foreign)
+    foreign.known = _typed(foreign.known, f"what lies beside {file}")
     _add_architecture(foreign, found.popitem()[1], levels, asked)
     foreign.assumed |= {name: value for name, value in ASSUMED.items() if name not in foreign.known}
     return foreign
@@ -166,6 +169,16 @@ def _add_scheduler(foreign: Foreign) -> None:
             foreign.known |= keys
             foreign.notes += [f"{path.name}: {note} has no counterpart here and is left out" for note in notes]
             return
+
+
+def _typed(keys: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values as the configuration takes them. Raises InputError for one that it does not."""
+    config = merge((where, keys))
+    return {name: _plain(OmegaConf.select(config, name)) for name in keys}
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _add_architecture(foreign: Foreign, found: Architecture, levels: list[int] | None, asked: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoint import folder_name, write_atomically
+from utils.distributed import from_main
+from utils.errors import SaveFailed
 from utils.images import enlarge, write_png
 from utils.process import signal_left
 
@@ -27,12 +29,22 @@ class RunLog:
     """Logs of one run folder. Only the main process writes; the others' calls do nothing. As a context: the bar."""
 
     def __init__(self, accelerator: Accelerator, run: Path, step: int, n_steps: int) -> None:
-        """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go."""
+        """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go.
+
+        Raises:
+            SaveFailed: the file can't be written; on every process.
+        """
         self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
         self.metrics_path = run / "metrics.jsonl"
         self.bar, self.step, self.n_steps, self.unwritten = None, step, n_steps, set()
+        why = None
         if self.main:
-            cut_metrics(self.metrics_path, step)
+            try:
+                cut_metrics(self.metrics_path, step)
+            except OSError as error:
+                why = f"{self.metrics_path} can't be rewritten: {error.strerror}"
+        if why := from_main(accelerator, why):  # no process goes on alone
+            raise SaveFailed(why)
         threading.excepthook = _leave_disk_errors_to_the_caller
         tracker = {"tensorboard": {"purge_step": step + 1}}
         accelerator.init_trackers("tensorboard", init_kwargs=tracker)

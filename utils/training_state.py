@@ -78,7 +78,7 @@ def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, op
         checkpoint.load_weights(module, checkpoint.read_weights(folder / name), folder / name)
     ema.step.fill_(state["ema"]["step"])
     ema.initted.fill_(state["ema"]["initted"])
-    _load_optimizer(folder / "optimizer.pt", optimizer)
+    _load_optimizer(folder / "optimizer.pt", optimizer, fresh=state["step"] == 0)
     for parameter, held in optimizer.state.items():  # fused kernels pair memory by position: take the weights' layout
         held |= {n: torch.empty_like(parameter).copy_(v) for n, v in held.items() if v.shape == parameter.shape}
     if accelerator.scaler is not None and state["scaler"]:
@@ -89,8 +89,11 @@ def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, op
     return state
 
 
-def _load_optimizer(path: Path, optimizer) -> None:
-    """Adam's moments, every shape checked: a fused update would go on behind the end of one that is too short."""
+def _load_optimizer(path: Path, optimizer, fresh: bool) -> None:
+    """Adam's moments, every shape checked: a fused update would go on behind the end of one that is too short.
+
+    fresh: no update was made yet, so there may be none.
+    """
     try:
         stored = checkpoint.read_optimizer(path.parent)
         groups, own = stored["param_groups"], optimizer.state_dict()["param_groups"]
@@ -98,10 +101,15 @@ def _load_optimizer(path: Path, optimizer) -> None:
             if any(_plain(ours[name]) != _plain(theirs[name]) for name in ours.keys() & theirs.keys() - {"lr"}):
                 raise ValueError("its settings are not those of the configuration")
         parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        lacking = parameters.keys() - stored["state"].keys()
+        if lacking and not (fresh and len(lacking) == len(parameters)):
+            raise ValueError(f"the moments of parameter {min(lacking)} are missing")
         for i, held in stored["state"].items():
             shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
             if {name: value.shape for name, value in held.items()} != shapes:
                 raise ValueError(f"the moments of parameter {i} have another shape")
+            if not all(value.is_floating_point() for value in held.values()):
+                raise ValueError(f"the moments of parameter {i} are not floating-point numbers")
         optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
     except Exception as error:  # whatever the structure of a file that is not ours leads to
         raise InputError(f"{path} can't be loaded: {error or type(error).__name__}") from None

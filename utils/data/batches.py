@@ -7,6 +7,7 @@ noise.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from diffusions.noise import permutation, randint
 from utils.data.image_set import ImageSet
 from utils.errors import InputError, RankError
+from utils.stopping import SIGNALS
 
 # Which draw of a training example is what; sampling uses draws from 0 up with its own seed.
 DRAW_EPS, DRAW_T, DRAW_FLIP, DRAW_ORDER = 0, 1, 2, 2**31
@@ -121,6 +123,7 @@ class Batches:
                 batch_sampler=(i.tolist() for i in indices),
                 num_workers=self.num_workers,
                 collate_fn=_stack,
+                worker_init_fn=_leave_signals_to_the_training,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # its own, or iterating would draw from torch's
             ),
@@ -142,6 +145,12 @@ class _Reader(torch.utils.data.Dataset):
             return self.images[i]
         except InputError as error:
             return str(error)
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """A signal to the whole group must not end the workers, or the steps up to the save would have no images."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stack(items: list[Tensor | str]) -> Tensor | str:
