@@ -157,7 +157,8 @@ def same_run(one: Path, other: Path) -> None:
     """Metrics and every checkpoint that is kept."""
     assert metrics(one) == metrics(other), "metrics.jsonl"
     steps = [path.name for path in checkpoint.published(one)]
-    assert steps == [path.name for path in checkpoint.published(other)]
+    assert steps == [path.name for path in checkpoint.published(other)], "which checkpoints are kept"
+    assert not list((other / "ckpt").glob(".*")), "leftovers in ckpt"
     for step in steps:
         same_checkpoint(one / "ckpt" / step, other / "ckpt" / step)
 
@@ -168,8 +169,8 @@ def images(place: Path) -> dict[str, bytes]:
 
 def same_images(one: Path, other: Path) -> None:
     """Images, grid, and nothing else in their folder."""
-    assert images(one) == images(other)
-    assert sorted(os.listdir(one / "images")) == sorted(os.listdir(other / "images"))
+    assert images(one) == images(other), "images"
+    assert sorted(os.listdir(one / "images")) == sorted(os.listdir(other / "images")), "files beside the images"
 
 
 def training(processes: int = 1) -> Job:

@@ -76,6 +76,21 @@ def test_a_training_that_is_killed_again_and_again_ends_bit_identical(tmp_path: 
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("moment", ["half doomed", "before rename old checkpoint"])
+def test_a_kill_after_the_last_save_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
+    """Found by tests/chaos.py: the next start had nothing to train, so nothing was tidied."""
+    args = [*TRAIN, "--train.n_steps", 15, "--train.log_with", "none"]
+    forked(train_ddpm.main, "-e", "whole", *args, cwd=tmp_path)
+    forked(
+        train_ddpm.main, "-e", "killed", *args, cwd=tmp_path, status=-signal.SIGKILL,
+        prepare=lambda: arm(Death(moment)),
+    )  # fmt: skip
+    assert checkpoint.newest(tmp_path / "killed", print)[0].name == "step000015"
+    forked(train_ddpm.main, "-e", "killed", "-r", "auto", *args, cwd=tmp_path)
+    same_run(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "killed/curves.png").exists()
+
+
 @pytest.mark.parametrize("moment", ["half new protocol.json", "half new image", "before replace new image"])
 def test_a_generation_that_is_killed_goes_on_where_it_stopped(tmp_path: Path, moment: str) -> None:
     args = ["--weights", random_weights(tmp_path / "net"), *SAMPLE, "--n_samples", 48, "--skip_steps", 12]

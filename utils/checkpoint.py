@@ -89,8 +89,7 @@ def publish(
                 return target
             quarantine(target, "bad")
         ckpt_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in ckpt_dir.glob(".staging-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear_staging(ckpt_dir)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=ckpt_dir))
         (staging / "config.yaml").write_text(config_yaml)
         for name, kind, weights in (("model", "raw", model), ("ema", "EMA", ema)):
@@ -144,6 +143,12 @@ def problem(folder: Path) -> str | None:
         except (OSError, ValueError) as error:  # a bad sector, no permission, a name that no file can have
             return f"{name} can't be read: {getattr(error, 'strerror', None) or error}"
     return None
+
+
+def clear_staging(ckpt_dir: Path) -> None:
+    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
+    for leftover in ckpt_dir.glob(".staging-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def quarantine(folder: Path, suffix: str) -> Path:

@@ -49,7 +49,7 @@ class RunLog:
         tracker = {"tensorboard": {"purge_step": step + 1}}
         accelerator.init_trackers("tensorboard", init_kwargs=tracker)
         self.clock, self.clock_step = time.monotonic(), step
-        self.drawn, self.redraw = -float("inf"), False
+        self.drawn, self.redraw = -float("inf"), step > 0  # the process before may have died without
 
     def say(self, text: str) -> None:
         """A line on the terminal and, with the time, in train.log."""
@@ -135,6 +135,8 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the trackers and the process group."""
+        if self.redraw:
+            self._draw()
         self._write("tensorboard", self.accelerator.end_training, everywhere=True)
 
 

@@ -10,9 +10,11 @@ from typing import IO, Any
 from omegaconf import DictConfig
 
 from utils.checkpoint import (
+    clear_staging,
     is_checkpoint_name,
     newest,
     problem,
+    prune,
     published,
     quarantine,
     step_of,
@@ -156,6 +158,8 @@ def _claim(run: Run) -> None:
         raise InputError(f"{run.folder} was trained further meanwhile: start again with -r auto")
     for folder, suffix in run.aside.items():
         say(f"{folder.name} is now {quarantine(folder, suffix).name}")
+    clear_staging(run.folder / "ckpt")  # also where nothing is left to train and so nothing to save
+    prune(run.folder, run.config.train.keep_last)
     for leftover in (*run.folder.glob(".*.tmp"), *run.folder.glob("samples/.*.tmp")):  # of a killed process
         leftover.unlink()
     write_atomically(run.folder / "config.yaml", lambda path: path.write_text(to_yaml(run.config)))
