@@ -13,7 +13,7 @@ from PIL import Image
 
 from utils import config
 from utils.data import DATASETS, idx, join, load_splits
-from utils.data.image_folder import MAX_PIXELS, read_image
+from utils.data.decode import MAX_PIXELS, read_image
 from utils.data.image_set import fit, to_channels
 from utils.errors import InputError
 
@@ -255,7 +255,8 @@ def test_train_and_test_folders_are_splits(tmp_path, other):
     assert {split: (len(found), found.classes) for split, found in sets.items()} == dict.fromkeys(
         ("train", "test"), (4, ["blue", "red"])
     )
-    assert all(path.is_relative_to(tmp_path / other) for path in sets["test"].paths)
+    test = sets["test"]
+    assert all(test.source.paths[i].is_relative_to(tmp_path / other) for i in test.ids.tolist())
 
 
 def test_a_class_without_test_images_does_not_shift_the_labels_of_the_others(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from test_fuzz_checkpoints import damage
 
-from utils.data.image_folder import image_header, read_image
+from utils.data.decode import image_header, read_image
 from utils.errors import InputError
 
 SOON = 2  # seconds of CPU

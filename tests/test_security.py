@@ -31,7 +31,7 @@ import sample_ddpm
 import train_ddpm
 from utils import checkpoint, classifier
 from utils.data import load_splits
-from utils.data.image_folder import image_header, read_image
+from utils.data.decode import image_header, read_image
 from utils.errors import InputError
 from utils.fidelity import open_extractor
 from utils.reference import features_of

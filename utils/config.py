@@ -26,7 +26,19 @@ MAX_ENTRIES = 64  # of a list: far above what any key needs, and checked at once
 BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 Switch = Literal["auto", "true", "false"]
-DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "image_folder"]
+DatasetName = Literal[
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "cifar10",
+    "celeba",
+    "lsun_bedroom",
+    "lsun_church",
+    "lsun_cat",
+    "ffhq",
+    "image_folder",
+    "huggingface",
+]
 ModelName = Literal["unet"]
 BetaSchedule = Literal["linear", "cosine", "sigmoid", "quad", "const", "jsd"]
 Objective = Literal["pred_eps", "pred_x0", "pred_v"]
@@ -49,7 +61,7 @@ def key(default: Any, doc: str, ge: float | None = None, gt: float | None = None
 @dataclass
 class Data:
     name: DatasetName = key("digits", "data set")
-    root: str = key("data", "folder that holds the data set, or receives its download")
+    root: str = key("data", "folder (or .zip, .parquet, hub name) that holds the data set, or receives its download")
     image_size: int = key(8, "height and width of the images [pixels]", ge=1)
     channels: int = key(1, "1 (gray) or 3 (RGB); images are converted", ge=1, le=3)
     random_flip: bool = key(False, "mirror each training image left-right with probability 1/2")

@@ -17,6 +17,7 @@ STOCHASTIC = ("fixed-large", "fixed-small", "learned-range")
 
 def check(config: DictConfig, training: bool = True) -> None:
     """Raise InputError for the first combination of keys that can't work; `training` looks at train.* too."""
+    check_data(config.data)
     _check_model(config)
     _check_diffusion(config)
     if training:
@@ -29,10 +30,15 @@ def level_sizes(config: DictConfig) -> list[int]:
     return [config.data.image_size >> level for level in range(len(config.model.dim_mults))]
 
 
-def _check_model(config: DictConfig) -> None:
-    data, model = config.data, config.model
+def check_data(data: DictConfig) -> None:
     if data.channels == 2:
         raise InputError("data.channels = 2: wanted 1 (gray) or 3 (RGB)")
+    if data.captions is not None:
+        raise InputError("data.captions: captions need model.condition = text, which this version does not have")
+
+
+def _check_model(config: DictConfig) -> None:
+    data, model = config.data, config.model
     if not model.dim_mults or min(model.dim_mults) < 1:
         raise InputError(f"model.dim_mults = {list(model.dim_mults)}: wanted one positive multiple per level")
     factor = 2 ** (len(model.dim_mults) - 1)
@@ -59,8 +65,6 @@ def _check_model(config: DictConfig) -> None:
     for width in sorted(attended | {model.dim * model.dim_mults[-1]}):
         if width % model.n_heads:
             raise InputError(f"model.n_heads = {model.n_heads}: does not divide the attended width {width}")
-    if data.captions is not None:
-        raise InputError("data.captions: captions need model.condition = text, which this version does not have")
 
 
 def _check_diffusion(config: DictConfig) -> None:

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from utils.config import KEYS
-from utils.data.image_folder import load_as_is, read_image
+from utils.data.decode import read_image
+from utils.data.image_folder import load_as_is
 from utils.data.image_set import ImageSet
 from utils.errors import InputError
 from utils.reference import open_reference

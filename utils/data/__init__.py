@@ -8,11 +8,15 @@ from functools import partial
 import torch
 
 from diffusions.noise import permutation
+from utils.data.celeba import load_celeba
 from utils.data.cifar10 import load_cifar10
 from utils.data.digits import load_digits
+from utils.data.ffhq import load_ffhq
+from utils.data.huggingface import load_huggingface
 from utils.data.idx import load_idx
 from utils.data.image_folder import load_image_folder
 from utils.data.image_set import ImageSet
+from utils.data.lsun import load_lsun
 from utils.errors import InputError
 
 # name -> loader of {"train": ImageSet, maybe "test": ImageSet} from the config's data section
@@ -21,7 +25,13 @@ DATASETS: dict[str, Callable[..., dict[str, ImageSet]]] = {
     "mnist": partial(load_idx, "MNIST"),
     "fashion_mnist": partial(load_idx, "FashionMNIST"),
     "cifar10": load_cifar10,
+    "celeba": load_celeba,
+    "lsun_bedroom": partial(load_lsun, "bedroom"),
+    "lsun_church": partial(load_lsun, "church_outdoor"),
+    "lsun_cat": partial(load_lsun, "cat"),
+    "ffhq": load_ffhq,
     "image_folder": load_image_folder,
+    "huggingface": load_huggingface,
 }
 SPLITS = ("train", "test", "all")
 _SPLIT_SEED = 0x5011D  # the held-out images are a property of the data set, the same for every training seed

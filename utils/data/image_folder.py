@@ -1,102 +1,21 @@
-"""A folder of images, nested or flat: PNG, JPEG or WebP, any mode and size. The first folder level is the class."""
+"""A folder or a zip archive of images, nested or flat, any mode and size. The first folder level is the class."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from utils.data.image_set import ImageSet, fit, to_channels
+from utils.data.decode import SUFFIXES, image_header
+from utils.data.encoded_set import EncodedSet
+from utils.data.image_set import ImageSet
+from utils.data.sources import Files, Source, Zip
 from utils.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content; others would start programs, as PostScript does
-MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
-ERRORS = (OSError, SyntaxError, ValueError, AssertionError, Image.DecompressionBombError)
-
-
-def read_image(path: Path | str, channels: int) -> Tensor:
-    """An image file -> uint8 [channels, H, W].
-
-    The file's orientation tag is ignored, transparency is laid over white, 16-bit gray is scaled to 8 bits.
-
-    Raises:
-        InputError: the file can't be decoded, or declares more than MAX_PIXELS; it is named.
-    """
-    try:
-        with _open(path) as image:
-            if image.mode in ("I;16", "I;16B", "I"):
-                levels = np.asarray(image, dtype=np.int64) * 255 / 65535
-                image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-            elif image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            image = image.convert("RGB" if image.mode not in ("L", "1") else "L")
-            pixels = torch.from_numpy(np.array(image))
-    except ERRORS as error:
-        raise InputError(f"image {path} can't be read: {error}") from None
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    return to_channels(pixels, channels)
-
-
-def _open(path: Path | str) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(f"image {path} declares {image.width}x{image.height} pixels: refused")
-    return image
-
-
-def image_header(path: Path) -> tuple[tuple[int, int], bool]:
-    """((width, height), whether it is gray) without decoding the pixels. Raises InputError for no image."""
-    try:
-        with _open(path) as image:
-            return image.size, image.mode in ("1", "L", "I", "I;16", "I;16B")
-    except ERRORS as error:
-        raise InputError(f"image {path} can't be read: {error}") from None
-
-
-class FolderSet(ImageSet):
-    """Images that are read from their files one at a time, resized and cut to size."""
-
-    def __init__(
-        self, name: str, paths: Sequence[Path], labels: Tensor | None, classes: Sequence[str], size: int, channels: int
-    ) -> None:
-        super().__init__(name, None, labels, classes)
-        self.paths, self.size, self.channels = list(paths), size, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return fit(read_image(self.paths[i], self.channels), self.size)
-
-    def subset(self, indices: Tensor, name: str) -> FolderSet:
-        labels = None if self.labels is None else self.labels[indices]
-        paths = [self.paths[i] for i in indices.tolist()]
-        return FolderSet(name, paths, labels, self.classes, self.size, self.channels)
-
-    def n_bytes(self) -> int:
-        return len(self) * self.channels * self.size**2
-
-    def content_hash(self) -> str:
-        """Over the files' bytes and the size they become, without decoding them."""
-        digest = hashlib.sha256(f"{self.size} {self.channels}".encode())
-        for path in self.paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
+Place = tuple[str, ...]  # of an image: its folders
 
 
 def find_images(root: Path) -> list[Path]:
@@ -111,38 +30,62 @@ def find_images(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def load_folder(root: Path, size: int, channels: int, name: str, classes: Sequence[str] = ()) -> FolderSet:
-    """The images below one folder; classes are its first folder level where every image lies in one.
+def open_images(root: Path) -> tuple[Source, list[Place]]:
+    """The images below a folder or in a zip archive, and the folders in which each lies."""
+    if root.is_file() and root.suffix.lower() == ".zip":
+        source = Zip(root)
+        places = [PurePosixPath(member).parts[:-1] for member in source.members]
+        while places[0] and len({place[:1] for place in places}) == 1 and places[0][0] not in SPLITS:
+            places = [place[1:] for place in places]  # archives are often packed with the folder that held all
+        return source, places
+    paths = find_images(root)
+    return Files(paths), [path.relative_to(root).parts[:-1] for path in paths]
+
+
+def labelled(
+    source: Source, places: Sequence[Place], ids: Sequence[int], size: int, channels: int, name: str, where: str,
+    classes: Sequence[str] = (),
+) -> EncodedSet:  # fmt: skip
+    """The images `ids`; classes are the first folders of their places where every image lies in one.
 
     Given `classes` (those of the training images), labels count in them, and another class is an error.
     """
-    paths = find_images(root)
-    first = [path.relative_to(root).parts[0] if path.parent != root else None for path in paths]
+    first = [place[0] if place else None for place in places]
     if None in first or len(set(first) | set(classes)) < 2:
-        return FolderSet(name, paths, None, [], size, channels)
+        return EncodedSet(name, source, size, channels, torch.tensor(ids))
     classes = list(classes) or sorted(set(first))
     if unknown := set(first) - set(classes):
-        raise InputError(f"image folder {root}: the class {min(unknown)} has no training images")
+        raise InputError(f"{where}: the class {min(unknown)} has no training images")
     labels = torch.tensor([classes.index(part) for part in first])
-    return FolderSet(name, paths, labels, classes, size, channels)
+    return EncodedSet(name, source, size, channels, torch.tensor(ids), labels, classes)
+
+
+def load_folder(root: Path, size: int, channels: int, name: str) -> EncodedSet:
+    """All images below one folder."""
+    source, places = open_images(root)
+    return labelled(source, places, range(len(source)), size, channels, name, f"image folder {root}")
 
 
 def load_image_folder(options) -> dict[str, ImageSet]:
     """{"train": ...}, and "test" where data.root holds just a train and a test (or val, valid, validation) folder."""
     root = Path(options.root)
-    children = sorted(child.name for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
-    if len(children) > 2 and "train" in children and all(child in SPLITS for child in children):
+    source, places = open_images(root)
+    size, channels, name = options.image_size, options.channels, root.resolve().stem
+    children = sorted({place[0] for place in places if place})
+    if "train" not in children or len(children) < 2 or not all(child in SPLITS for child in children):
+        where = f"image folder {root}"
+        return {"train": labelled(source, places, range(len(source)), size, channels, name, where)}
+    if len(children) > 2 or () in places:
+        held = [*children, "loose images"] if () in places else children
         raise InputError(
-            f"data.root {root} holds the splits {', '.join(children)}: keep train and one other, or name one of them"
+            f"data.root {root} holds the splits {', '.join(held)}: keep train and one other, or name one of them"
         )
-    if len(children) == 2 and "train" in children and all(child in SPLITS for child in children):
-        folders = {SPLITS[child]: root / child for child in children}
-    else:
-        folders = {"train": root}
-    size, channels, name = options.image_size, options.channels, root.resolve().name
-    sets = {"train": load_folder(folders["train"], size, channels, name)}
-    if "test" in folders:
-        sets["test"] = load_folder(folders["test"], size, channels, name, sets["train"].classes)
+    sets: dict[str, ImageSet] = {}
+    for child in sorted(children, key=lambda child: child != "train"):
+        ids = [i for i, place in enumerate(places) if place[0] == child]
+        inside, classes = [places[i][1:] for i in ids], sets["train"].classes if sets else ()
+        where = f"image folder {root / child}"
+        sets[SPLITS[child]] = labelled(source, inside, ids, size, channels, name, where, classes)
     return sets
 
 

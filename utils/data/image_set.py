@@ -15,7 +15,7 @@ class ImageSet:
 
     Attributes:
         name: what reports call it, such as "digits:train".
-        images: uint8 [N, C, H, W], or None where they are read one by one (see `image_folder.FolderSet`).
+        images: uint8 [N, C, H, W], or None where they are read one by one (see `encoded_set.EncodedSet`).
         labels: int64 [N], or None.
         classes: names of the classes; empty without labels.
     """
@@ -64,6 +64,15 @@ def fit(images: Tensor, size: int) -> Tensor:
         return images
     images = transforms.resize(images, [size], transforms.InterpolationMode.BICUBIC, antialias=True)
     return transforms.center_crop(images, [size, size])
+
+
+def fit_bilinear(image: Tensor, size: int) -> Tensor:
+    """uint8 [C, H, W] -> [C, size, size] as the DDIM authors prepare CelebA and LSUN: Pillow's bilinear filter.
+
+    The same filter on tensors rounds half a percent of the levels otherwise.
+    """
+    resized = transforms.resize(transforms.to_pil_image(image), [size], transforms.InterpolationMode.BILINEAR)
+    return transforms.pil_to_tensor(transforms.center_crop(resized, [size, size]))
 
 
 def fit_all(images: Tensor, size: int, channels: int) -> Tensor:
