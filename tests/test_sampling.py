@@ -132,6 +132,9 @@ def test_bad_weights_are_named(tmp_path: Path, trained: Path, damage: str) -> No
         (tmp_path / "w/ema.safetensors").rename(tmp_path / "x/net.safetensors")
         text = (trained / "config.yaml").read_text().replace("dim: 8", "dim: 16")
         (tmp_path / "x/config.yaml").write_text(text)
-        words, path = ["another architecture", "another shape"], tmp_path / "x/net.safetensors"
+        words, path = (
+            ["another architecture", "model.dim = 8", "model.dim", "beside it 16"],
+            tmp_path / "x/net.safetensors",
+        )
     done = sample(path, tmp_path, "out", "--n_samples", 1, status=2)
     assert len(done.stderr.strip().splitlines()) <= 2 and all(word in done.stderr for word in words), done.stderr

@@ -104,14 +104,21 @@ def _find_file(file: Path, load_ema: bool | None) -> tuple[Path, Layer, str] | N
             f"({', '.join(foreign.SUFFIXES)})"
         )
     header = checkpoint.read_header(file) if file.suffix == ".safetensors" else {}
-    beside = file.parent / "config.yaml"
-    if checkpoint.CONFIG in header:
-        where = f"the configuration in {file}"
-        layer, kind = (where, parse_yaml(header[checkpoint.CONFIG], where)), header.get(checkpoint.KIND, "only")
-    elif file.suffix == ".safetensors" and beside.exists():
-        layer, kind = (str(beside), read_yaml(beside)), KINDS.get(file.name, "only")
+    beside, where = file.parent / "config.yaml", f"the configuration in {file}"
+    inside = (where, parse_yaml(header[checkpoint.CONFIG], where)) if checkpoint.CONFIG in header else None
+    if file.suffix == ".safetensors" and beside.exists():
+        layer = (str(beside), read_yaml(beside))
+        for name, (own, other) in differences(merge(inside), merge(layer)).items() if inside else ():
+            if _is_fixed(name):
+                raise InputError(
+                    f"--weights {file} holds weights of another architecture or diffusion than {beside}: its header "
+                    f"has {name} = {_plain(own)}, the file beside it {_plain(other)}"
+                )
+    elif inside:
+        layer = inside
     else:
         return None
+    kind = header.get(checkpoint.KIND) or KINDS.get(file.name, "only")
     if (file.parent / checkpoint.MANIFEST).exists():
         _verified(file.parent)
     if load_ema is not None and kind == "only":
@@ -180,9 +187,13 @@ def _open_foreign(
 def _check_same(path: str, stored: DictConfig, config: DictConfig, names: Collection[str]) -> None:
     """Raise InputError where what was asked for contradicts `stored` in one of `names` that the weights depend on."""
     for name, (old, new) in differences(stored, config).items():
-        fixed = name.startswith(("model.", "diffusion.")) or name in ("data.image_size", "data.channels")
-        if fixed and name in names:
+        if _is_fixed(name) and name in names:
             raise InputError(f"{name} = {_plain(new)} contradicts the weights in {path}, which have {_plain(old)}")
+
+
+def _is_fixed(name: str) -> bool:
+    """Whether weights depend on a config key."""
+    return name.startswith(("model.", "diffusion.")) or name in ("data.image_size", "data.channels")
 
 
 def _plain(value: Any) -> Any:
