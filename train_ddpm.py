@@ -82,7 +82,7 @@ def train(run) -> int:
     n_steps = opts.n_steps if opts.n_epochs is None else -(-opts.n_epochs * len(batches) // opts.batch_size)
     valid = held_out(splits.get("test"), opts.n_valid)
 
-    score = TrainingScore(accelerator, cfg) if opts.evaluate_every else None
+    score = TrainingScore(accelerator, cfg, run.stored_state().get("best")) if opts.evaluate_every else None
     claim(run, accelerator)  # everything that was asked for can be had: from here on, files are written
 
     torch.manual_seed(cfg.seed)
@@ -150,11 +150,13 @@ def train(run) -> int:
                     done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype)
                 )
             if score and (done % opts.evaluate_every == 0 or ends):
-                log.metrics(done, score(ema.ema_model, process, share, dtype))
-            if done % opts.save_every == 0 or ends or stops:
+                log.metrics(done, score(done, ema.ema_model, process, share, dtype))
+            best = score.best if score else state.get("best")
+            if done % opts.save_every == 0 or ends or stops or (best and best["step"] == done):
                 training_state.save(
-                    run, done, accelerator, net, ema, optimizer, meter, log, must=ends or stops, resolved=resolved
-                )
+                    run, done, accelerator, net, ema, optimizer, meter, log, must=ends or stops, best=best,
+                    resolved=resolved,
+                )  # fmt: skip
             profile.step()
             log.progress(**shown)
             if stops and not ends:

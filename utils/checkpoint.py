@@ -191,6 +191,20 @@ def newest(run: Path, report: Callable[[str], None]) -> tuple[Path | None, list[
     return None, bad
 
 
+def mark_best(run: Path, step: int) -> None:
+    """Let ckpt/best point to the checkpoint of `step`; no link where that was set aside."""
+    best, target = run / "ckpt" / "best", folder_name(step)
+    if best.is_symlink() and os.readlink(best) == target and best.exists():
+        return
+    temporary = best.with_name(".best.tmp")
+    temporary.unlink(missing_ok=True)
+    if (run / "ckpt" / target).is_dir():
+        temporary.symlink_to(target)
+        os.replace(temporary, best)
+    elif best.is_symlink():
+        best.unlink()
+
+
 def prune(run: Path, keep_last: int | None) -> None:
     """Remove all but the newest `keep_last` checkpoints; the target of ckpt/best stays."""
     best = (run / "ckpt" / "best").resolve()

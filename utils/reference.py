@@ -55,9 +55,9 @@ def open_reference(
         InputError: neither a data set nor a folder, or a split that does not exist.
     """
     name, _, split = text.partition(":")
-    names = schema.KEYS["data.name"].choices
+    names = [name for name in schema.KEYS["data.name"].choices if name != "image_folder"]
     asked = {key: value for key, value in asked.items() if key.startswith("data.") and key != "data.name"}
-    if name.replace("-", "_") in names and name != "image_folder":
+    if name.replace("-", "_") in names:
         name = name.replace("-", "_")
         if own is not None and own.name == name:
             data = own.copy()
@@ -66,13 +66,13 @@ def open_reference(
             layers = [(str(recipe), schema.read_yaml(recipe))] if recipe.exists() else []
             data = schema.merge(*layers, ("command line", asked)).data
             data.name = name
-    elif Path(text).is_dir():
+    elif Path(text).is_dir() or text.lower().endswith(".zip"):
         same = own is not None and own.name == "image_folder" and Path(own.root).resolve() == Path(text).resolve()
         data = own.copy() if same else schema.merge(("command line", asked)).data
         data.name, data.root, split = "image_folder", text, ""
     else:
-        hint = schema.nearest(name, names[:-1])
-        raise InputError(f"{option} {text}: neither a folder nor one of {', '.join(names[:-1])}{hint}")
+        hint = schema.nearest(name, names)
+        raise InputError(f"{option} {text}: neither a folder nor one of {', '.join(names)}{hint}")
     if split and split not in SPLITS:
         raise InputError(f"{option} {text}: the splits are {', '.join(SPLITS)}")
     data.image_size, data.channels = image_size, channels

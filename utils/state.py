@@ -32,6 +32,7 @@ def _flag(value: Any) -> bool:
 
 REQUIRED = {"step": _count, "ema": _dict(step=_count, initted=_flag)}
 OPTIONAL = {  # null or absent where there was none
+    "best": _dict(step=_count, score=_number),
     "meter": _dict(**dict.fromkeys(NAMES, _number)),
     "resolved": _dict(mixed_precision=lambda v: v in list(DTYPES), compile=_flag, deterministic=_flag),
     "scaler": lambda value: isinstance(value, dict) and all(map(_number, value.values())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -9,7 +10,7 @@ from torch import nn
 
 from diffusions import GaussianDiffusion, generate
 from utils import classifier
-from utils.distributed import share
+from utils.distributed import from_main, share
 from utils.fidelity import scores
 from utils.preview import SEED
 from utils.reference import open_for
@@ -19,8 +20,12 @@ from utils.scoring import Scorer
 class TrainingScore:
     """FID between n_evaluate generated images and the training images, in features of the dataset classifier."""
 
-    def __init__(self, accelerator, config: DictConfig) -> None:
-        """Trains the classifier, or takes it from the cache. A collective. Raises InputError for unlabelled data."""
+    def __init__(self, accelerator, config: DictConfig, best: dict[str, float] | None) -> None:
+        """Trains the classifier, or takes it from the cache. A collective. Raises InputError for unlabelled data.
+
+        best: {"step", "score"} of a run that is resumed; `self.best` is the lowest score since its start.
+        """
+        self.best = best
         config = config.copy()
         config.evaluate.metrics, config.evaluate.feature_extractor = ["fid"], classifier.NAME
         config.evaluate.feature_extractor_weights = None
@@ -31,13 +36,18 @@ class TrainingScore:
         found = open_for(accelerator, config, reference, None, {})
         self.scorer = Scorer.open(accelerator, config, found, self.n, None, force=False)
 
-    def __call__(self, net: nn.Module, process: GaussianDiffusion, micro_batch: int, dtype) -> dict[str, float]:
-        """{"fid[dataset-classifier]@N": value}. A collective; the value is that of the main process."""
+    def __call__(
+        self, step: int, net: nn.Module, process: GaussianDiffusion, micro_batch: int, dtype
+    ) -> dict[str, float]:
+        """{"fid[dataset-classifier]@N": value}, the same on every process. A collective. Updates `best`."""
         accelerator = self.scorer.accelerator
         mine = share(self.n, accelerator.process_index, accelerator.num_processes)
         batches = generate(net, process, self.options, mine, SEED, micro_batch, dtype=dtype)
         found = self.scorer.features(batch.images for batch in batches)
-        if not accelerator.is_main_process:
-            return {}
-        value = scores(["fid"], self.scorer.extractor, found, self.scorer.real, 2)["fid"]
+        value = None
+        if accelerator.is_main_process:
+            value = scores(["fid"], self.scorer.extractor, found, self.scorer.real, 2)["fid"]
+        value = from_main(accelerator, value)
+        if math.isfinite(value) and (self.best is None or value < self.best["score"]):
+            self.best = {"step": step, "score": value}
         return {f"fid[{classifier.NAME}]@{self.n}": value}

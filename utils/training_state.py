@@ -20,11 +20,12 @@ from utils.state import read_state
 
 def save(
     run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, log, must: bool,
-    **more: Any,
+    best: dict[str, Any] | None, **more: Any,
 ) -> None:  # fmt: skip
     """Publish a checkpoint of `step` updates, prune, and tell the log. A collective; the main process writes.
 
     One that can't be written is told as well, and the run goes on, unless it must be or train.save_failure says stop.
+    best: {"step", "score"} of the best checkpoint so far, to which ckpt/best shall point.
     more: further JSON values for state.json, such as what `auto` was resolved to.
 
     Raises:
@@ -35,6 +36,7 @@ def save(
         "meter": meter.state(),
         "ema": {"step": int(ema.step), "initted": bool(ema.initted)},
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "best": best,
         **more,
     }
     failure = None
@@ -48,7 +50,7 @@ def save(
         except (SaveFailed, TrainingDiverged) as error:
             failure = type(error), str(error)
         else:
-            _prune(run, log)
+            _tidy(run, best, log)
     failure = from_main(accelerator, failure)
     if failure is None:
         log.saved(step)
@@ -60,8 +62,10 @@ def save(
         raise kind(why)
 
 
-def _prune(run, log) -> None:
+def _tidy(run, best: dict[str, Any] | None, log) -> None:
     try:
+        if best is not None:
+            checkpoint.mark_best(run.folder, best["step"])
         checkpoint.prune(run.folder, run.config.train.keep_last)
     except OSError as error:
         log.say(f"not removed {run.folder / 'ckpt'} keeps its older checkpoints: {error.strerror}")
