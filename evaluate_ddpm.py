@@ -30,7 +30,12 @@ def main(argv: list[str]) -> int:
     add("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
     add("--weights", metavar="PATH", help="run, checkpoint or diffusers folder, weights file, hub id")
     add("--images", metavar="DIR", help="score this folder instead (every image below it)")
-    add("--reference", metavar="NAME|DIR", help="data set, NAME:train (default), NAME:test or NAME:all, or a folder")
+    add(
+        "--reference",
+        metavar="NAME|DIR|FILE",
+        help="data set, NAME:train (default), NAME:test or NAME:all, a folder, .npz",
+    )
+    add("--make_reference", metavar="NAME|DIR", help="write the statistics of this reference to --out FILE.npz instead")
     add("--n_samples", metavar="N", help="images to generate")
     add("--metrics", nargs="+", metavar="M", help=", ".join(config.KEYS["evaluate.metrics"].choices))
     add("--samplers", nargs="+", metavar="NAME", help="score each of these samplers")
@@ -56,6 +61,13 @@ def main(argv: list[str]) -> int:
     if options.print_config and options.weights is None:
         cli.show(config.to_yaml(merged))
         return 0
+    data_keys = {name: value for _, keys in asked for name, value in keys.items() if name.startswith("data.")}
+    if options.make_reference:
+        if options.weights or options.images or options.reference:
+            raise InputError("--make_reference scores nothing: leave --weights, --images and --reference out")
+        from utils.make_reference import make
+
+        return make(options.make_reference, options.out, merged, data_keys)
     if (options.weights is None) == (options.images is None):
         raise InputError("give either --weights PATH or --images DIR")
     of_weights = ["n_samples"] * ("evaluate.n_samples" in overrides) + ["repeats"] * (options.repeats > 1)
@@ -68,7 +80,6 @@ def main(argv: list[str]) -> int:
         raise InputError("the metric bpd is of a network: it needs --weights")
     cli.require(options, *([] if options.print_config else ["reference"]))
     cells = sweep.cells(options, asked)
-    data_keys = {name: value for _, keys in asked for name, value in keys.items() if name.startswith("data.")}
     if options.images:
         return evaluate(options, merged, None, [merged], data_keys)
 
@@ -90,7 +101,6 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
     from utils import distributed, precision
     from utils.data.image_folder import load_as_is
     from utils.distributed import from_main
-    from utils.fidelity import scores
     from utils.likelihood import bound_row, chains
     from utils.reference import features_of, open_for
     from utils.results import Results, cell_id, report
@@ -124,8 +134,7 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
         else:
             found, seconds = features_of(images, scorer.extractor, Path(cfg.evaluate.cache_dir), accelerator), None
         if accelerator.is_main_process:
-            values = scores(metrics, scorer.extractor, found, scorer.real, cfg.evaluate.kid_subset_size)
-            results.add(scorer.row(cell, weights, options, seed, protocol, values, seconds))
+            results.add(scorer.row(cell, weights, options, seed, protocol, scorer.scores(found), seconds))
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(report(results.rows), end="")

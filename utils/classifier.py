@@ -134,6 +134,20 @@ def trained(train: ImageSet, test: ImageSet | None, cache_dir: Path, device: tor
     return Trained(path, accuracy[0])
 
 
+def check_file(path: str) -> None:
+    """Raise InputError for a file that holds no classifier."""
+    try:
+        with safe_open(path, "pt") as file:
+            shape = json.loads(file.metadata()["shape"])
+            sizes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        with torch.device("meta"):
+            wanted = {key: list(value.shape) for key, value in Classifier(**shape).state_dict().items()}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"--feature_extractor_weights {path} holds no {NAME}: {error}") from None
+    if sizes != wanted:
+        raise InputError(f"--feature_extractor_weights {path} holds no {NAME}: its tensors have other names or shapes")
+
+
 def _stored_accuracy(path: Path, shape: dict[str, int]) -> list[float | None] | None:
     """[the test accuracy in a cached file]; None where there is no readable one, which is then made again."""
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
@@ -18,6 +19,7 @@ from utils.checkpoint import sha256
 from utils.errors import InputError
 
 Features = dict[str, Tensor]  # layer -> float32 [N, D], on the CPU
+Statistics = dict[str, np.ndarray]  # mu [D], sigma [D, D]
 
 
 @dataclass
@@ -97,10 +99,12 @@ def _check_weights(path: Path) -> None:
 
 
 def scores(
-    metrics: list[str], extractor: Extractor, generated: Features, reference: Features, kid_subset_size: int
-) -> dict[str, float]:
+    metrics: list[str], extractor: Extractor, generated: Features, reference: Features, kid_subset_size: int,
+    statistics: Statistics | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The asked-for metrics of generated against reference features, named as in reports.
 
+    statistics: of all reference images, for FID, where `reference` holds only some of their features.
     KID's subsets have kid_subset_size images, or as many as the smaller side has.
     """
     found: dict[str, float] = {}
@@ -109,7 +113,8 @@ def scores(
         return generated[extractor.layers[metric]], reference[extractor.layers[metric]]
 
     if "fid" in metrics:
-        found["fid"] = fid(*pair("fid"))
+        layer = extractor.layers["fid"]
+        found["fid"] = fid(generated[layer], reference[layer] if statistics is None else statistics)
     if "isc" in metrics:
         result = metric_isc.isc_features_to_metric(generated[extractor.layers["isc"]])
         found["isc"], found["isc_std"] = result["inception_score_mean"], result["inception_score_std"]
@@ -123,7 +128,9 @@ def scores(
     return found
 
 
-def fid(generated: Tensor, reference: Tensor) -> float:
-    """Frechet distance between the Gaussians of two feature sets [N, D]."""
-    sides = [metric_fid.fid_features_to_statistics(side) for side in (generated, reference)]
-    return metric_fid.fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+def fid(generated: Tensor, reference: Tensor | Statistics) -> float:
+    """Frechet distance between the Gaussians of two feature sets [N, D]; the second may be given by its statistics."""
+    ours = metric_fid.fid_features_to_statistics(generated)
+    theirs = reference if isinstance(reference, dict) else metric_fid.fid_features_to_statistics(reference)
+    ours = {name: value.astype(theirs[name].dtype) for name, value in ours.items()}
+    return metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)["frechet_inception_distance"]

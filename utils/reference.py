@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils import config as schema
+from utils import reference_file
 from utils.checkpoint import write_atomically
 from utils.data import SPLITS, join, load_splits
 from utils.data.batches import decoded
@@ -20,6 +21,7 @@ from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features
+from utils.reference_file import StoredReference
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -59,13 +61,7 @@ def open_reference(
     asked = {key: value for key, value in asked.items() if key.startswith("data.") and key != "data.name"}
     if name.replace("-", "_") in names:
         name = name.replace("-", "_")
-        if own is not None and own.name == name:
-            data = own.copy()
-        else:
-            recipe = CONFIGS / f"ddpm_{name}.yaml"
-            layers = [(str(recipe), schema.read_yaml(recipe))] if recipe.exists() else []
-            data = schema.merge(*layers, ("command line", asked)).data
-            data.name = name
+        data = own.copy() if own is not None and own.name == name else recipe_data(name, asked)
     elif Path(text).is_dir() or text.lower().endswith(".zip"):
         same = own is not None and own.name == "image_folder" and Path(own.root).resolve() == Path(text).resolve()
         data = own.copy() if same else schema.merge(("command line", asked)).data
@@ -80,10 +76,32 @@ def open_reference(
     return Reference(join(splits, split or "train"), splits["train"], splits.get("test"))
 
 
-def open_for(accelerator, config: DictConfig, text: str, images: ImageSet | None, asked: dict[str, Any]) -> Reference:
-    """`open_reference` for what is scored: `images`, or else the network of `config`. Downloads once. A collective."""
+def recipe_data(name: str, asked: dict[str, Any]) -> DictConfig:
+    """The data section of a data set's own recipe, where there is one, with the keys asked for."""
+    name = name.replace("-", "_")
+    recipe = CONFIGS / f"ddpm_{name}.yaml"
+    layers = [(str(recipe), schema.read_yaml(recipe))] if recipe.exists() else []
+    data = schema.merge(
+        *layers, ("command line", {key: value for key, value in asked.items() if key != "data.name"})
+    ).data
+    if name in schema.KEYS["data.name"].choices:
+        data.name = name
+    return data
+
+
+def open_for(
+    accelerator, config: DictConfig, text: str, images: ImageSet | None, asked: dict[str, Any]
+) -> Reference | StoredReference:
+    """`open_reference` for what is scored: `images`, or else the network of `config`. Downloads once. A collective.
+
+    A FILE.npz of statistics is read in place of images.
+    """
     size = images.size if images is not None else config.data.image_size
     channels = images.channels if images is not None else config.data.channels
+    if text.lower().endswith(".npz"):
+        stored = reference_file.load(Path(text))
+        stored.check(config.evaluate, size, channels)
+        return stored
     with main_process_first(accelerator):
         return open_reference(text, config.data if images is None else None, asked, size, channels)
 

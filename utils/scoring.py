@@ -19,10 +19,11 @@ from utils.cli import say
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
-from utils.fidelity import Extractor, Features, open_extractor, scores
+from utils.fidelity import Extractor, Features, Statistics, open_extractor, scores
 from utils.micro_batch import generate_fitting
 from utils.protocol import circumstances, sampling_identity
 from utils.reference import Reference, features_of
+from utils.reference_file import StoredReference
 from utils.results import cell_id
 from utils.weights import load_network
 
@@ -70,18 +71,51 @@ def check_count(n: int, extractor: Extractor, reference: Reference, force: bool)
         say(f"note: scores of {n:,} images are not comparable with those of 50,000; they are reported as @{n}")
 
 
+def open_for_scores(
+    accelerator, options: DictConfig, found: Reference | StoredReference, metrics: list[str]
+) -> tuple[Extractor, float | None]:
+    """The extractor of the evaluate section and, of a dataset classifier (trained if need be), its test accuracy.
+
+    Raises:
+        InputError: weights that are missing, damaged, or not those of the reference's features.
+    """
+    path, accuracy = options.feature_extractor_weights, None
+    stored = isinstance(found, StoredReference)
+    if options.feature_extractor == classifier.NAME and stored:
+        if path is None:
+            raise InputError(
+                f"--reference {found.path} was made with a {classifier.NAME}: give that one's file with "
+                f"--feature_extractor_weights {options.cache_dir}/{classifier.NAME}-....safetensors"
+            )
+        classifier.check_file(path)
+    elif options.feature_extractor == classifier.NAME:
+        if path is not None:
+            raise InputError(f"evaluate.feature_extractor_weights: {classifier.NAME} trains its own")
+        with main_process_first(accelerator):  # one trains, the others then read its file
+            trained = classifier.trained(found.train, found.test, Path(options.cache_dir), accelerator.device)
+        path, accuracy = str(trained.path), trained.test_accuracy
+        shown = "unknown, there is no test split" if accuracy is None else f"{accuracy:.2%}"
+        say(f"dataset classifier of {found.train.name}: test accuracy {shown}")
+    with main_process_first(accelerator):  # one downloads
+        extractor = open_extractor(options.feature_extractor, path, metrics, options.batch_size, accelerator.device)
+    if stored:
+        found.check_extractor(extractor, extractor.n_features(extractor([found[0][None]])))
+    return extractor, accuracy
+
+
 @dataclass
 class Scorer:
     """The real side of an evaluation, made once for all its cells."""
 
     accelerator: Any
     config: DictConfig
-    reference: Reference
+    reference: Reference | StoredReference
     extractor: Extractor
     real: Features
     real_train: Features | None
     real_test: Features | None
     test_accuracy: float | None
+    statistics: Statistics | None = None  # of a reference that was read from a file
     floors: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -96,33 +130,30 @@ class Scorer:
         Raises:
             InputError: weights or counts that can't be used; told before features are extracted.
         """
-        options, cache = config.evaluate, Path(config.evaluate.cache_dir)
-        path, accuracy = options.feature_extractor_weights, None
-        if options.feature_extractor == classifier.NAME:
-            if path is not None:
-                raise InputError(f"evaluate.feature_extractor_weights: {classifier.NAME} trains its own")
-            with main_process_first(accelerator):  # one trains, the others then read its file
-                trained = classifier.trained(found.train, found.test, cache, accelerator.device)
-            path, accuracy = str(trained.path), trained.test_accuracy
-            shown = "unknown, there is no test split" if accuracy is None else f"{accuracy:.2%}"
-            say(f"dataset classifier of {found.train.name}: test accuracy {shown}")
-        with main_process_first(accelerator):  # one downloads
-            extractor = open_extractor(
-                options.feature_extractor, path, generative(options), options.batch_size, accelerator.device
-            )
+        cache = Path(config.evaluate.cache_dir)
+        extractor, accuracy = open_for_scores(accelerator, config.evaluate, found, generative(config.evaluate))
         check_count(n, extractor, found, force)
         has_floor = found.test is not None and len(found.test) >= FEWEST
         for_floor = [found.train, found.test] if has_floor else [None, None]
+        stored = found if isinstance(found, StoredReference) else None
         real, train, test = (
             None if images is None else features_of(images, extractor, cache, accelerator)
-            for images in (found.images, *for_floor)
+            for images in (None if stored else found.images, *for_floor)
         )
-        return cls(accelerator, config, found, extractor, real, train, test, accuracy)
+        real, statistics = (stored.features, stored.statistics) if stored else (real, None)
+        return cls(accelerator, config, found, extractor, real, train, test, accuracy, statistics)
 
     def features(self, batches: Iterable[Tensor]) -> Features:
         """Features of all processes' images, in the order of their indices. A collective."""
         found = self.extractor(batches)
         return {layer: gather_rows(self.accelerator, value) for layer, value in found.items()}
+
+    def scores(self, generated: Features) -> dict[str, float]:
+        """The metrics asked for, of what was generated against the reference."""
+        options = self.config.evaluate
+        return scores(
+            generative(options), self.extractor, generated, self.real, options.kid_subset_size, self.statistics
+        )
 
     def floor(self, n: int) -> dict[str, Any]:
         """The score of real training images, as many as were generated, against the test split; None without one."""
