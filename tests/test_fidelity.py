@@ -557,6 +557,19 @@ def test_the_report_names_extractor_and_count_and_ends_with_the_floor(tmp_path):
     assert folder == ["folder", "1.25", "0.002 ± 0.0005", "0.75", ""]
 
 
+def test_the_cost_stands_beside_the_scores(tmp_path):
+    results = Results(tmp_path)
+    for label, steps, evaluations, seconds in (("ddim", 10, 10, 0.01), ("heun", 10, 19, 0.02), ("full", 100, 100, 0.1)):
+        cost = {"evaluations": evaluations, "steps": steps, "total_steps": 100, "seconds_per_image": seconds}
+        results.add(row(label, **cost))
+    header, _, ddim, heun, full, floor = lines_of((tmp_path / "report.md").read_text())
+    assert header[-3:] == ["ms per image", "evaluations", "speed-up"]
+    assert [cells[-3:] for cells in (ddim, heun, full)] == [
+        ["10.00", "10", "10.0"], ["20.00", "19", "5.0"], ["100.00", "100", "1.0"],
+    ]  # fmt: skip
+    assert floor[-3:] == ["", "", ""]
+
+
 @pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null"])
 def test_results_that_cannot_be_read_are_not_overwritten(tmp_path, text):
     (tmp_path / "results.json").write_text(text)

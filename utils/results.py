@@ -97,20 +97,37 @@ def report(rows: list[dict[str, Any]]) -> str:
         names = [name for name in SCORES if any(name in row["scores"] for row in group)]
         of = f"[{extractor}]" if extractor else ""  # bpd has none
         title = f"**{', '.join(f'{name}{of}@{n}' for name in names)}** against {reference}\n"
-        table = [["images", *names, "ms per image"]]
+        full = _full_chain(group)
+        cost = ["evaluations"] * any("evaluations" in row for row in group) + ["speed-up"] * (full is not None)
+        table = [["images", *names, "ms per image", *cost]]
         for row in over_seeds(group):
             speed = f"{1000 * row['seconds_per_image']:.2f}" if row.get("seconds_per_image") else ""
-            table.append([row["label"], *(_number(row["scores"], name) for name in names), speed])
+            more = {"evaluations": str(row.get("evaluations", ""))}
+            if full is not None and speed:
+                more["speed-up"] = f"{full / row['seconds_per_image']:.1f}"
+            cells = [_number(row["scores"], name) for name in names]
+            table.append([row["label"], *cells, speed, *(more.get(name, "") for name in cost)])
         floor = next((row for row in group if row["floor"]), None)
         if floor:
-            table.append([f"floor: {floor['floor_label']}", *(_number(floor["floor"], name) for name in names), ""])
+            cells = [_number(floor["floor"], name) for name in names]
+            table.append([f"floor: {floor['floor_label']}", *cells, "", *[""] * len(cost)])
         parts.append(title + "\n" + markdown(table))
     return "\n".join(parts)
 
 
+def _full_chain(rows: list[dict[str, Any]]) -> float | None:
+    """Mean seconds per image of the rows that visit every timestep, one network evaluation each."""
+    timed = [row for row in rows if "total_steps" in row and row["seconds_per_image"]]
+    full = [row["seconds_per_image"] for row in timed if row["evaluations"] == row["total_steps"]]
+    return statistics.fmean(full) if full else None
+
+
 def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
-    """The first score over the number of sampling steps, a line per sampler; nothing for fewer than two step counts."""
-    lines: dict[tuple[str, ...], list[tuple[int, float, float]]] = {}
+    """The first score over network evaluations and over time per image, a line per sampler.
+
+    Nothing for fewer than two step counts.
+    """
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in over_seeds(rows):
         source = row["protocol"].get("source", {})
         if "timesteps" in source and row["extractor"]:
@@ -118,44 +135,45 @@ def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
             score = f"{name}[{row['extractor']}]@{row['n']} against {row['reference']}"
             hashes = (row["protocol"]["reference_sha256"][:6], source["weights_sha256"][:6])
             line = (source["sampler"], source["skip_type"], f"eta {source['eta']:g}", score, *hashes)
-            spread = row["scores"].get(f"{name}_std", 0.0)
-            lines.setdefault(line, []).append((len(source["timesteps"]), value, spread))
-    if len({steps for points in lines.values() for steps, *_ in points}) < 2:
+            n = row.get("evaluations", len(source["timesteps"]))
+            milliseconds = 1000 * row["seconds_per_image"] if row.get("seconds_per_image") else None
+            point = {"n": n, "ms": milliseconds, "score": value, "spread": row["scores"].get(f"{name}_std", 0.0)}
+            lines.setdefault(line, []).append(point)
+    counts = sorted({point["n"] for points in lines.values() for point in points})
+    if len(counts) < 2:
         return
     varying = [i for i, values in enumerate(zip(*lines)) if len(set(values)) > 1]
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4))
-    for i, (line, points) in enumerate(lines.items()):
-        label = ", ".join(line[i] for i in varying) or line[0]
-        steps, values, spreads = zip(*sorted(points))
-        style = ("-", "--", ":")[i // 10 % 3]  # matplotlib has ten colours
-        axis.errorbar(steps, values, spreads, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    counts = sorted({steps for points in lines.values() for steps, *_ in points})
-    axis.set_xticks(counts, map(str, counts))
-    axis.set_xticks([], minor=True)
-    axis.set_xlabel("sampling steps")
-    axis.set_ylabel(" / ".join(dict.fromkeys(line[3] for line in lines)), fontsize=8)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    timed = all(point["ms"] for points in lines.values() for point in points)
+    figure = Figure(figsize=(12 if timed else 8, 4))
+    axes = figure.subplots(1, 1 + timed, squeeze=False, sharey=True)[0]
+    for axis, key, name in zip(axes, ("n", "ms"), ("network evaluations per image", "milliseconds per image")):
+        for i, (line, points) in enumerate(lines.items()):
+            label = ", ".join(line[i] for i in varying) or line[0]
+            ordered = sorted(points, key=lambda point: point[key])
+            x, values, spreads = zip(*((point[key], point["score"], point["spread"]) for point in ordered))
+            style = ("-", "--", ":")[i // 10 % 3]  # matplotlib has ten colours
+            axis.errorbar(x, values, spreads, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    few = counts if len(counts) < 8 else [n for n in counts if n in (10, 20, 50, 100, 200, 500, 1000)] or counts[::4]
+    axes[0].set_xticks(few, map(str, few))
+    axes[0].set_xticks([], minor=True)
+    axes[0].set_ylabel(" / ".join(dict.fromkeys(line[3] for line in lines)), fontsize=8)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def draw_terms(rows: list[dict[str, Any]], path: Path) -> None:
     """Every row's bound over the timesteps: its terms, and what they sum to from the data on."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
     for row in rows:
         t, bits = row["terms"]["t"][::-1], row["terms"]["bits"][::-1]
         left.plot([i + 1 for i in t], bits, label=row["label"])
@@ -167,7 +185,6 @@ def draw_terms(rows: list[dict[str, Any]], path: Path) -> None:
         axis.legend(fontsize=7)
     figure.tight_layout()
     write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def _number(values: dict[str, float], name: str) -> str:

@@ -182,6 +182,11 @@ class Scorer:
         steps = sample.skip_steps or config.diffusion.total_steps
         return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}; {origin}"
 
+    def _cost(self, config: DictConfig) -> dict[str, int]:
+        total = config.diffusion.total_steps
+        steps = config.sample.skip_steps or total
+        return {"evaluations": SAMPLERS[config.sample.sampler].evaluations(steps), "steps": steps, "total_steps": total}
+
     def protocol(self, config: DictConfig, weights, seed: int, images: ImageSet | None, n: int) -> dict[str, Any]:
         """Everything that the scores of a cell depend on."""
         evaluate = config.evaluate
@@ -215,6 +220,7 @@ class Scorer:
             "scores": values,
             **self.floor(protocol["n"]),
             "seconds_per_image": seconds / protocol["n"] if seconds else None,
+            **(self._cost(config) if weights is not None else {}),
             "protocol": protocol,
             "circumstances": circumstances(weights, self.accelerator)
             | {"classifier_test_accuracy": self.test_accuracy},
