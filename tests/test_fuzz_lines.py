@@ -165,7 +165,7 @@ def command_lines(folder: Path) -> list[list[str]]:
     files = dict(YAML)
     for recipe in sorted((ROOT / "configs").glob("*.yaml")):
         raw = recipe.read_bytes()
-        files |= {f"{recipe.stem} {i}": mutated_bytes(rng, raw, 1 + i % 4) for i in range(30)}
+        files |= {f"{recipe.stem} {i}": mutated_bytes(rng, raw, 1 + i % 4) for i in range(10)}
     for name, raw in files.items():
         (folder / f"{name}.yaml").write_bytes(raw)
     paths = [f"{name}.yaml" for name in [*files, "folder", "absent", "a" * 5000, "\udcff"]]
