@@ -63,6 +63,7 @@ def train(run) -> int:
     from utils.preview import preview, validation_loss
     from utils.profiling import profiler
     from utils.run_folder import claim
+    from utils.sharding import Sharding, plain
     from utils.stopping import StopRule
     from utils.training_score import TrainingScore
 
@@ -71,7 +72,8 @@ def train(run) -> int:
     tracker = opts.log_with if opts.log_with != "none" else None
     accelerator = distributed.start(resolved["mixed_precision"], log_with=tracker, project_dir=run.folder)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    dtype, layout = precision.DTYPES[resolved["mixed_precision"]], precision.memory_format(cfg)
+    dtype, sharding = precision.DTYPES[resolved["mixed_precision"]], Sharding(accelerator, opts.shard)
+    layout = torch.contiguous_format if sharding.on else precision.memory_format(cfg)  # all that FSDP2 divides
 
     with distributed.main_process_first(accelerator):  # one downloads
         splits = load_splits(cfg.data)
@@ -91,10 +93,11 @@ def train(run) -> int:
     net.gradient_checkpointing = opts.gradient_checkpointing
     process = build_process(cfg.diffusion)
     ema = build_ema(net, opts)
+    sharding.apply(net, ema.ema_model)
     optimizer = build_optimizer(net, opts)
     if resolved["compile"]:
         net.compile()
-    model, optimizer = accelerator.prepare(net, optimizer)
+    model, optimizer = sharding.prepare(net, optimizer)
     state = training_state.restore(run.checkpoint, accelerator, net, ema, optimizer) if run.checkpoint else {"step": 0}
     meter = Meter(accelerator, state.get("meter"))
     stop = StopRule(accelerator, opts)
@@ -127,7 +130,7 @@ def train(run) -> int:
                     accelerator.backward(loss)
                 total += loss.detach() / world
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
-            bad = meter.update(total, grad_norm)
+            bad = meter.update(total, plain(grad_norm))
             stop.skip_if_bad(optimizer, bad)  # the fused update leaves weights alone where the gradient is not finite
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -141,20 +144,17 @@ def train(run) -> int:
                 log.metrics(done, values | shown)
                 stop.check_bad(values["bad_in_row"], log)
             if valid is not None and (done % opts.valid_every == 0 or ends):
-                raw, averaged = (
-                    validation_loss(accelerator, m, process, valid, share, dtype) for m in (net, ema.ema_model)
-                )
-                log.metrics(done, {"valid_loss": raw, "valid_loss_ema": averaged})
+                loss_of = lambda m: validation_loss(accelerator, sharding.whole(m), process, valid, share, dtype)
+                log.metrics(done, {"valid_loss": loss_of(net), "valid_loss_ema": loss_of(ema.ema_model)})
             if done % opts.sample_every == 0 or ends:
-                log.preview(
-                    done, preview(accelerator, ema.ema_model, process, cfg.sample, opts.n_samples, share, dtype)
-                )
+                shown_by = sharding.whole(ema.ema_model)
+                log.preview(done, preview(accelerator, shown_by, process, cfg.sample, opts.n_samples, share, dtype))
             if score and (done % opts.evaluate_every == 0 or ends):
-                log.metrics(done, score(done, ema.ema_model, process, share, dtype))
+                log.metrics(done, score(done, sharding.whole(ema.ema_model), process, share, dtype))
             best = score.best if score else state.get("best")
             if done % opts.save_every == 0 or ends or stops or (best and best["step"] == done):
                 training_state.save(
-                    run, done, accelerator, net, ema, optimizer, meter, log, must=ends or stops, best=best,
+                    run, done, accelerator, sharding, net, ema, optimizer, meter, log, must=ends or stops, best=best,
                     resolved=resolved,
                 )  # fmt: skip
             profile.step()

@@ -115,6 +115,7 @@ class Train:
     mixed_precision: Precision = key("auto", "auto: the launcher's flag, else bf16 where it is native and pays")
     compile: Switch = key("auto", "torch.compile the network (auto: where it is measured to pay)")
     deterministic: Switch = key("auto", "bit-identical resume; auto: true on the CPU")
+    shard: bool = key(False, "divide weights, gradients, moments and EMA among the processes (FSDP2)")
     gradient_checkpointing: bool = key(False, "recompute residual blocks in the backward pass to save memory")
     condition_dropout: float = key(0.0, "probability of dropping the condition; needs model.condition", ge=0, le=1)
     log_every: int = key(50, "updates between log lines", ge=1)

@@ -95,6 +95,10 @@ def _check_train(config: DictConfig) -> None:
         raise InputError(f"train.betas = {list(train.betas)}: wanted two numbers in [0, 1)")
     if train.condition_dropout > 0:
         raise InputError("train.condition_dropout needs a conditional network; model.condition is none")
+    if train.shard and "fp16" in (train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")):
+        raise InputError("train.shard = true goes with mixed_precision bf16 or no: fp16's loss scaler is not supported")
+    if train.shard and train.compile == "true":
+        raise InputError("train.shard = true and train.compile = true are not supported together: use compile auto")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if train.batch_size % world:
         near = max(1, round(train.batch_size / world)) * world

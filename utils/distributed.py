@@ -98,4 +98,7 @@ def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
 
 def sync_gradients(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> AbstractContextManager:
     """Gradients are averaged over processes only in the last micro-batch of a step."""
+    if hasattr(model, "set_requires_gradient_sync"):  # divided among the processes (utils/sharding.py)
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
     return nullcontext() if last else accelerator.no_sync(model)

@@ -22,10 +22,14 @@ def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]
     train = config.train
     resolved = stored or {
         "mixed_precision": mixed_precision(train.mixed_precision),
-        "compile": wants_compile(train.compile),
+        "compile": wants_compile(train.compile) and not train.shard,
         "deterministic": wants_determinism(train.deterministic),
     }
     mixed_precision(resolved["mixed_precision"])  # a run of a GPU may go on where its precision does not exist
+    if train.shard:
+        resolved = resolved | {"compile": False}
+        if resolved["mixed_precision"] == "fp16":
+            raise InputError("train.shard = true: this run was started in fp16, whose loss scaler is not supported")
     set_determinism(resolved["deterministic"])
     return resolved
 

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "train.evaluate_every",
     "train.save_failure",
     "train.keep_last",
+    "train.shard",
     "train.log_with",
     "train.max_hours",
     "train.profile",

@@ -15,12 +15,13 @@ from utils.config import to_yaml
 from utils.distributed import from_main
 from utils.errors import InputError, SaveFailed, TrainingDiverged
 from utils.meter import Meter
+from utils.sharding import Sharding, divided_like
 from utils.state import read_state
 
 
 def save(
-    run, step: int, accelerator: Accelerator, net: nn.Module, ema: EMA, optimizer, meter: Meter, log, must: bool,
-    best: dict[str, Any] | None, **more: Any,
+    run, step: int, accelerator: Accelerator, sharding: Sharding, net: nn.Module, ema: EMA, optimizer, meter: Meter,
+    log, must: bool, best: dict[str, Any] | None, **more: Any,
 ) -> None:  # fmt: skip
     """Publish a checkpoint of `step` updates, prune, and tell the log. A collective; the main process writes.
 
@@ -40,13 +41,11 @@ def save(
         **more,
     }
     failure = None
+    if accelerator.is_main_process or sharding.on:
+        parts = [sharding.gathered(part.state_dict()) for part in (net, ema.ema_model, optimizer)]
     if accelerator.is_main_process:
-        folder = run.folder / "ckpt"
-        optimizer_state = _on_cpu(optimizer.state_dict())
         try:
-            checkpoint.publish(
-                folder, step, to_yaml(run.config), net.state_dict(), ema.ema_model.state_dict(), optimizer_state, state
-            )
+            checkpoint.publish(run.folder / "ckpt", step, to_yaml(run.config), *parts, state)
         except (SaveFailed, TrainingDiverged) as error:
             failure = type(error), str(error)
         else:
@@ -79,7 +78,9 @@ def restore(folder: Path, accelerator: Accelerator, net: nn.Module, ema: EMA, op
     """
     state = read_state(folder)
     for module, name in ((net, "model.safetensors"), (ema.ema_model, "ema.safetensors")):
-        checkpoint.load_weights(module, checkpoint.read_weights(folder / name), folder / name)
+        weights, own = checkpoint.read_weights(folder / name), module.state_dict()
+        weights = {n: divided_like(value, own[n]) if n in own else value for n, value in weights.items()}
+        checkpoint.load_weights(module, weights, folder / name)
     ema.step.fill_(state["ema"]["step"])
     ema.initted.fill_(state["ema"]["initted"])
     _load_optimizer(folder / "optimizer.pt", optimizer, fresh=state["step"] == 0)
@@ -114,18 +115,14 @@ def _load_optimizer(path: Path, optimizer, fresh: bool) -> None:
                 raise ValueError(f"the moments of parameter {i} have another shape")
             if not all(value.is_floating_point() for value in held.values()):
                 raise ValueError(f"the moments of parameter {i} are not floating-point numbers")
-        optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
+        divided = {
+            i: {n: divided_like(value, parameters[i]) for n, value in held.items()}
+            for i, held in stored["state"].items()
+        }
+        optimizer.load_state_dict({"state": divided, "param_groups": own})
     except Exception as error:  # whatever the structure of a file that is not ours leads to
         raise InputError(f"{path} can't be loaded: {error or type(error).__name__}") from None
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _on_cpu(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.cpu()
-    if isinstance(tree, dict):
-        return {name: _on_cpu(value) for name, value in tree.items()}
-    return [_on_cpu(item) for item in tree] if isinstance(tree, (list, tuple)) else tree

@@ -1,0 +1,135 @@
+"""train.shard on two gloo processes: the same training as without, in checkpoints that either kind goes on from."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from in_process import call, forked, refused
+from safetensors.torch import load_file
+
+import train_ddpm
+from utils import checkpoint
+
+ARGS = [*TINY, "--train.mixed_precision", "no", "--train.micro_batch", 3, "--model.dropout", 0]
+ARGS += ["--train.log_with", "none"]
+ARGS += ["--train.n_steps", 8, "--train.save_every", 4, "--train.valid_every", 4, "--train.n_valid", 5]
+ARGS += ["--train.sample_every", 8, "--train.n_samples", 3, "--train.clip_grad_norm", 0.1, "--train.warmup_steps", 0]
+SHARD = ["--train.shard", "true"]
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run: Path, name: str) -> list[float]:
+    return [row[name] for row in rows(run) if name in row]
+
+
+def same(one: Path, other: Path, step: int = 8) -> None:
+    """Losses and what is in the checkpoint, up to rounding; Adam divides by what is near zero early on."""
+    for name in ("loss", "grad_norm", "valid_loss", "valid_loss_ema"):
+        assert column(one, name) == pytest.approx(column(other, name), abs=1e-5), name
+    for name in ("model.safetensors", "ema.safetensors"):
+        a, b = (load_file(run / "ckpt" / checkpoint.folder_name(step) / name) for run in (one, other))
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert value.shape == b[key].shape and torch.allclose(value, b[key], atol=2e-4), (name, key)
+    a, b = (checkpoint.read_optimizer(run / "ckpt" / checkpoint.folder_name(step)) for run in (one, other))
+    assert a["state"].keys() == b["state"].keys() and a["param_groups"] == b["param_groups"]
+    for i, held in a["state"].items():
+        for key, value in held.items():
+            assert type(value) is torch.Tensor and torch.allclose(value, b["state"][i][key], atol=1e-5), (i, key)
+
+
+def record_sizes() -> None:
+    """Write how many numbers this process holds: of weights, average, moments and gradients."""
+    original = train_ddpm.__dict__["train"]
+
+    def watched(run):
+        from utils import training_state
+
+        save = training_state.save
+
+        def recorded(run, step, accelerator, sharding, net, ema, optimizer, *args, **kwargs):
+            local = lambda tensors: sum(getattr(t, "_local_tensor", t).numel() for t in tensors)
+            moments = [v for held in optimizer.state.values() for n, v in held.items() if n != "step"]
+            found = {"net": local(net.parameters()), "ema": local(ema.ema_model.parameters()), "adam": local(moments)}
+            found["all"] = sum(p.numel() for p in net.parameters())
+            Path(f"sizes{os.environ['RANK']}.json").write_text(json.dumps(found))
+            return save(run, step, accelerator, sharding, net, ema, optimizer, *args, **kwargs)
+
+        training_state.save = recorded
+        return original(run)
+
+    train_ddpm.train = watched
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharding")
+    forked(train_ddpm.main, "-e", "plain", *ARGS, cwd=folder, processes=2)
+    forked(train_ddpm.main, "-e", "shard", *ARGS, *SHARD, cwd=folder, processes=2, prepare=record_sizes)
+    return folder
+
+
+def test_a_divided_training_is_the_undivided_one(runs: Path) -> None:
+    same(runs / "shard", runs / "plain")
+    assert (runs / "shard/samples/step000008.png").read_bytes() == (runs / "plain/samples/step000008.png").read_bytes()
+
+
+def test_every_process_holds_about_half(runs: Path) -> None:
+    first, second = (json.loads((runs / f"sizes{rank}.json").read_text()) for rank in (0, 1))
+    for part, copies in (("net", 1), ("ema", 1), ("adam", 2)):
+        assert first[part] + second[part] == copies * first["all"]
+        assert 0.4 < first[part] / (copies * first["all"]) < 0.6
+
+
+def test_bf16_is_the_precision_of_the_undivided_one(tmp_path: Path) -> None:
+    args = [*ARGS, "--train.mixed_precision", "bf16", "--train.n_steps", 4]
+    for name, more in (("plain", []), ("shard", SHARD)):
+        forked(train_ddpm.main, "-e", name, *args, *more, cwd=tmp_path, processes=2)
+    plain, shard = (column(tmp_path / name, "loss") for name in ("plain", "shard"))
+    assert shard == pytest.approx(plain, abs=2e-3)
+
+
+@pytest.mark.parametrize(("begun", "ended"), [("shard", "one"), ("plain", "shard"), ("shard", "shard")])
+def test_a_checkpoint_of_either_kind_goes_on_as_the_other(runs: Path, tmp_path: Path, begun: str, ended: str) -> None:
+    shutil.copytree(runs / begun, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/ckpt/step000008")
+    args = ["-e", "run", "-r", "auto", "--train.shard", str(ended == "shard").lower()]
+    forked(train_ddpm.main, *args, cwd=tmp_path, processes=1 if ended == "one" else 2)
+    same(tmp_path / "run", runs / "plain")
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
+    def poison() -> None:
+        from diffusions.process import GaussianDiffusion
+
+        loss, calls = GaussianDiffusion.loss, []
+
+        def poisoned(self, model, x0, t, eps):
+            calls.append(0)
+            bad = len(calls) == 4 and os.environ["RANK"] == "1"
+            return loss(self, model, x0, t, eps) * (torch.nan if bad else 1)
+
+        GaussianDiffusion.loss = poisoned
+
+    args = [*ARGS, "--train.micro_batch", 8, "--train.valid_every", 100, *SHARD]
+    forked(train_ddpm.main, "-e", "run", *args, cwd=tmp_path, processes=2, prepare=poison)
+    assert column(tmp_path / "run", "bad_steps") == [0, 0, 0, 1, 0, 0, 0, 0]
+    weights = load_file(tmp_path / "run/ckpt/step000008/model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_alone_nothing_is_divided(tmp_path: Path) -> None:
+    call(train_ddpm.main, "-e", "run", *ARGS, *SHARD, "--train.n_steps", 2, cwd=tmp_path)
+    assert checkpoint.published(tmp_path / "run")
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    for args, says in ((["--train.mixed_precision", "fp16"], "loss scaler"), (["--train.compile", "true"], "compile")):
+        refused(train_ddpm.main, *SHARD, *args, cwd=tmp_path, says=["train.shard = true", says])
