@@ -89,7 +89,7 @@ def train(run) -> int:
 
     torch.manual_seed(cfg.seed)
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
-    net = net.to(device, memory_format=layout)
+    net = net.to(sharding.start_device(), memory_format=layout)
     net.gradient_checkpointing = opts.gradient_checkpointing
     process = build_process(cfg.diffusion)
     ema = build_ema(net, opts)

@@ -95,7 +95,8 @@ def _check_train(config: DictConfig) -> None:
         raise InputError(f"train.betas = {list(train.betas)}: wanted two numbers in [0, 1)")
     if train.condition_dropout > 0:
         raise InputError("train.condition_dropout needs a conditional network; model.condition is none")
-    if train.shard and "fp16" in (train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")):
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if train.shard and (launcher if train.mixed_precision == "auto" else train.mixed_precision) == "fp16":
         raise InputError("train.shard = true goes with mixed_precision bf16 or no: fp16's loss scaler is not supported")
     if train.shard and train.compile == "true":
         raise InputError("train.shard = true and train.compile = true are not supported together: use compile auto")

@@ -31,6 +31,12 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
             "the launcher asks for gradient accumulation: leave it at 1 and set --train.micro_batch, "
             "which splits a process's share of train.batch_size"
         )
+    for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
+            raise InputError(
+                f"the launcher asks for {engine}, which is not taken from it: launch with distributed_type MULTI_GPU "
+                "(configs/launch/one_node.yaml) and set --train.shard true"
+            )
     use_all_cores()
     # Of 1x1 convolutions, whose strides along sides of length 1 mean nothing; said twice per process otherwise.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -97,8 +103,10 @@ def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
 
 
 def sync_gradients(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> AbstractContextManager:
-    """Gradients are averaged over processes only in the last micro-batch of a step."""
-    if hasattr(model, "set_requires_gradient_sync"):  # divided among the processes (utils/sharding.py)
-        model.set_requires_gradient_sync(last)
+    """Gradients are averaged over processes only in the last micro-batch of a step.
+
+    Those of a divided network (utils/sharding.py) in each: between them a process would hold the whole gradient.
+    """
+    if last or hasattr(model, "set_requires_gradient_sync"):
         return nullcontext()
-    return nullcontext() if last else accelerator.no_sync(model)
+    return accelerator.no_sync(model)

@@ -2,7 +2,8 @@
 
 Each block's weights come together just for its forward and its backward pass. Checkpoints hold whole tensors, so that a
 run goes on sharded or not, on any number of processes. What runs on the way (previews, validation, scores) runs on a
-whole copy of the network that lives only as long as that.
+whole copy of the network that lives only as long as that: a forward pass of the divided one is a collective, and there
+the processes have different numbers of batches.
 """
 
 from __future__ import annotations
@@ -30,15 +31,24 @@ class Sharding:
         if not self.on:
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.outline = copy.deepcopy(net).to("meta")
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        policy = MixedPrecisionPolicy()
+        if self.accelerator.mixed_precision == "bf16":
+            # Blocks come together in bf16: autocast would cast them again, into copies that stay until the backward
+            # pass, for the whole network at once. The norms' few weights stay in fp32, as under autocast.
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for whole in (net, ema_net):
-            for module in whole.modules():
-                if isinstance(module, (ResBlock, Attention)):
-                    fully_shard(module, mesh=mesh)
-            fully_shard(whole, mesh=mesh)
+            for module in (*_blocks(whole), whole):
+                if policy.param_dtype is not None:
+                    fully_shard([child for child in module.children() if isinstance(child, nn.GroupNorm)], mesh=mesh)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    def start_device(self) -> torch.device:
+        """Where the network waits to be divided, which brings it to the device block by block."""
+        return torch.device("cpu") if self.on else self.accelerator.device
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, Any]:
         """(what computes the network in the run's precision, the optimizer): accelerate's prepare, without DDP."""
@@ -72,6 +82,10 @@ class Sharding:
         if isinstance(tree, dict):
             return {name: self.gathered(value) for name, value in tree.items()}
         return [self.gathered(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, (ResBlock, Attention))]
 
 
 def plain(value: Tensor) -> Tensor:
