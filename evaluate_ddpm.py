@@ -9,8 +9,6 @@ cells that are already in it are not computed again. Of the configuration, train
 """
 
 import itertools
-import sys
-import time
 from pathlib import Path
 
 from utils import cli, config, constraints, sweep
@@ -50,9 +48,15 @@ def main(argv: list[str]) -> int:
     add("--seed", type=cli.natural, default=2022, help="seed of the noise (default: 2022)")
     add("--load_ema", type=cli.boolean, metavar="BOOL", help="EMA (true, the default) or raw weights")
     add("--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process")
+    add("--store", metavar="DIR", help="keep images and features there; a killed evaluation goes on inside a cell")
     add("--out", metavar="DIR", help="folder of the results (default: beside what is scored)")
+    add("--verify", metavar="FILE", help="compute every row of this results.json again, and say whether it agrees")
     add("--force", action="store_true", help="score fewer images than the extractor has dimensions")
     options, overrides = parser.parse(argv)
+    if options.verify:
+        from utils.verify import verify
+
+        return verify(options, overrides, evaluate_again=main)
     cli.alias(options, overrides, ALIASES)
     sweep.check_axes(options, overrides)
     asked = [(options.config, config.read_yaml(options.config))] if options.config else []
@@ -70,10 +74,6 @@ def main(argv: list[str]) -> int:
         return make(options.make_reference, options.out, merged, data_keys)
     if (options.weights is None) == (options.images is None):
         raise InputError("give either --weights PATH or --images DIR")
-    of_weights = ["n_samples"] * ("evaluate.n_samples" in overrides) + ["repeats"] * (options.repeats > 1)
-    of_weights += [name for name in sweep.AXES if getattr(options, name)]
-    if options.images and of_weights:
-        raise InputError(f"--{of_weights[0]} goes with --weights: a folder is scored as it is")
     if not merged.evaluate.metrics:
         raise InputError("evaluate.metrics is empty: name at least one")
     if options.images and "bpd" in merged.evaluate.metrics:
@@ -99,12 +99,13 @@ def main(argv: list[str]) -> int:
 def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
     """Score each cell (a configuration) that is not in the results yet, and print the table."""
     from utils import distributed, precision
+    from utils.cost import Cost
     from utils.data.image_folder import load_as_is
     from utils.distributed import from_main
     from utils.likelihood import bound_row, chains
     from utils.reference import features_of, open_for
     from utils.results import Results, cell_id, report
-    from utils.scoring import Scorer, generated_images, generative
+    from utils.scoring import Scorer, evaluations, generative
 
     accelerator = distributed.start()
     exact = precision.mixed_precision(cfg.sample.mixed_precision) == "no"
@@ -121,25 +122,30 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
         for chain, seed in itertools.product(found, seeds):
             row = bound_row(accelerator, cfg, weights, seed, options.micro_batch, reference.images, chain, known)
             if row and accelerator.is_main_process:
-                results.add(row)
+                cell = config.merge(("", {"sample.sampler": chain}), base=cfg)
+                results.add(row | {"repeat": sweep.repeat(options, cell, seed, row, data_keys)})
+    pending = []
     for cell, seed in itertools.product(cells if metrics else [], seeds):
         protocol = scorer.protocol(cell, weights, seed, images, n)
         if known(cell_id(protocol)):
             cli.say(f"{scorer.label(cell, weights, options, seed)}: already in {results.out}")
-            continue
-        began = time.monotonic()
+        else:
+            pending.append((cell, seed, protocol))
+    cost = Cost([evaluations(cell) for cell, *_ in pending] if weights else [], n, accelerator.num_processes)
+    for cell, seed, protocol in pending:
         if weights:
-            batches = generated_images(accelerator, cell, weights, seed, n, options.micro_batch)
-            found, seconds = scorer.features(batches), time.monotonic() - began
+            found, seconds = scorer.generated(cell, weights, seed, protocol, options, cost)
         else:
             found, seconds = features_of(images, scorer.extractor, Path(cfg.evaluate.cache_dir), accelerator), None
         if accelerator.is_main_process:
-            results.add(scorer.row(cell, weights, options, seed, protocol, scorer.scores(found), seconds))
+            values = scorer.scores(found)
+            row = scorer.row(cell, weights, options, seed, protocol, values, seconds)
+            results.add(row | {"repeat": sweep.repeat(options, cell, seed, row, data_keys)})
+            cost.cell_done(row["label"], values)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(report(results.rows), end="")
-        print(f"\nresults: {results.out.resolve()}", file=sys.stderr)
-    accelerator.end_training()
+    cli.say(f"\nresults: {results.out.resolve()}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import warnings
@@ -44,6 +45,7 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks may generate for hours between two collectives
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
+    atexit.register(end)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = world == 1 and not on_gpu()  # otherwise accelerate would take a Mac's GPU, which has no float64
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers, **kwargs)
@@ -53,6 +55,12 @@ def start(mixed_precision: str = "no", **kwargs: Any) -> Accelerator:
             "set ACCELERATE_USE_CPU=true to run them on the CPU"
         )
     return accelerator
+
+
+def end() -> None:
+    """Take leave of the other processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

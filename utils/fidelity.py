@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+from torch_fidelity import metric_fid, metric_isc, metric_kid
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from utils import classifier
 from utils.checkpoint import sha256
 from utils.errors import InputError
+from utils.precision_recall import precision_recall
 
 Features = dict[str, Tensor]  # layer -> float32 [N, D], on the CPU
 Statistics = dict[str, np.ndarray]  # mu [D], sigma [D, D]
@@ -100,11 +101,12 @@ def _check_weights(path: Path) -> None:
 
 def scores(
     metrics: list[str], extractor: Extractor, generated: Features, reference: Features, kid_subset_size: int,
-    statistics: Statistics | None = None,
+    statistics: Statistics | None = None, cache_dir: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The asked-for metrics of generated against reference features, named as in reports.
 
     statistics: of all reference images, for FID, where `reference` holds only some of their features.
+    cache_dir: where what precision needs of the reference is kept.
     KID's subsets have kid_subset_size images, or as many as the smaller side has.
     """
     found: dict[str, float] = {}
@@ -123,8 +125,7 @@ def scores(
         result = metric_kid.kid_features_to_metric(*pair("kid"), kid_subset_size=size, verbose=False)
         found["kid"], found["kid_std"] = (result[f"kernel_inception_distance_{part}"] for part in ("mean", "std"))
     if "prc" in metrics:
-        result = metric_prc.prc_features_to_metric(*pair("prc"), save_cpu_ram=True, verbose=False)
-        found |= {name: result[name] for name in ("precision", "recall", "f_score")}
+        found |= precision_recall(*pair("prc"), cache_dir)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,17 @@ from tqdm import tqdm
 from diffusions import SAMPLERS, build_process
 from utils import classifier, precision
 from utils.cli import say
+from utils.cost import Cost
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, Statistics, open_extractor, scores
-from utils.micro_batch import generate_fitting
+from utils.micro_batch import FIRST, generate_fitting
 from utils.protocol import circumstances, sampling_identity
 from utils.reference import Reference, features_of
 from utils.reference_file import StoredReference
 from utils.results import cell_id
+from utils.store import Store
 from utils.weights import load_network
 
 FEWEST = 10
@@ -32,22 +35,31 @@ FEW = 10_000  # below this many images FID is far from its value at 50,000
 
 
 def generated_images(
-    accelerator, config: DictConfig, weights, seed: int, n: int, micro_batch: int | None
+    accelerator, config: DictConfig, weights, seed: int, chunks: list[list[int]], micro_batch: int | None, cost: Cost
 ) -> Iterator[Tensor]:
-    """This process's share of the images 0..n-1, uint8 [b, C, H, W] at a time; says first what it will cost."""
+    """This process's images, uint8 [b, C, H, W] at a time; no batch goes over the end of one of the chunks of indices.
+
+    What is made is told to `cost`.
+    """
     options = config.sample
     dtype = precision.DTYPES[precision.mixed_precision(options.mixed_precision)]
     net, process = load_network(weights, accelerator.device), build_process(config.diffusion)
-    steps = options.skip_steps or process.total_steps
-    mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
-    evaluations = SAMPLERS[options.sampler].evaluations(steps)
-    say(f"{options.sampler}, {steps} {options.skip_type} steps: {n:,} images, {evaluations} network evaluations each")
-    bar = tqdm(total=len(mine), desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
+    steps, n = options.skip_steps or process.total_steps, sum(map(len, chunks))
+    bar = tqdm(total=n, desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
                disable=not accelerator.is_main_process)  # fmt: skip
+    cost.start()
     with bar:
-        for batch in generate_fitting(net, process, options, mine, seed, micro_batch, dtype=dtype):
-            bar.update(len(batch.indices))
-            yield batch.images
+        for chunk in chunks:
+            for batch in generate_fitting(net, process, options, chunk, seed, micro_batch, dtype=dtype):
+                bar.update(len(batch.indices))
+                cost.add(evaluations(config) * len(batch.indices))
+                yield batch.images
+                cost.start()
+
+
+def evaluations(config: DictConfig) -> int:
+    """Of the network, for each image of a cell."""
+    return SAMPLERS[config.sample.sampler].evaluations(config.sample.skip_steps or config.diffusion.total_steps)
 
 
 def generative(options: DictConfig) -> list[str]:
@@ -148,11 +160,42 @@ class Scorer:
         found = self.extractor(batches)
         return {layer: gather_rows(self.accelerator, value) for layer, value in found.items()}
 
+    def generated(
+        self, cell: DictConfig, weights, seed: int, protocol: dict, options, cost: Cost
+    ) -> tuple[Features, float]:
+        """(features of the cell's images 0..n-1, seconds that it took). A collective; whole on the main process.
+
+        options: the command line's, with micro_batch and store: the folder of a `Store`, or None to hold a batch at a
+        time in memory.
+        """
+        micro_batch, root = options.micro_batch, options.store
+        accelerator, n, began = self.accelerator, protocol["n"], time.monotonic()
+        if root is None:
+            mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
+            batches = generated_images(accelerator, cell, weights, seed, [mine], micro_batch, cost)
+            return self.features(batches), time.monotonic() - began
+        chunk = micro_batch or FIRST.get(accelerator.device.type, 128)
+        store = Store(Path(root), protocol["source"], self.extractor, n, chunk)
+
+        def make(chunks: list[list[int]]) -> Iterator[Tensor]:
+            cost.skip(evaluations(cell) * (n - sum(map(len, chunks)) * accelerator.num_processes))
+            batches = generated_images(accelerator, cell, weights, seed, chunks, micro_batch, cost)
+            for indices in chunks:
+                parts: list[Tensor] = []
+                while sum(map(len, parts)) < len(indices):
+                    parts.append(next(batches))
+                yield torch.cat(parts)
+
+        store.fill(accelerator, make)
+        found, seconds = store.features() if accelerator.is_main_process else ({}, 0.0)
+        return found, seconds / accelerator.num_processes
+
     def scores(self, generated: Features) -> dict[str, float]:
         """The metrics asked for, of what was generated against the reference."""
         options = self.config.evaluate
         return scores(
-            generative(options), self.extractor, generated, self.real, options.kid_subset_size, self.statistics
+            *(generative(options), self.extractor, generated, self.real, options.kid_subset_size, self.statistics),
+            cache_dir=Path(options.cache_dir),
         )
 
     def floor(self, n: int) -> dict[str, Any]:
@@ -166,7 +209,10 @@ class Scorer:
             rows = torch.arange(count) * len(self.reference.train) // count
             real = {layer: value[rows] for layer, value in self.real_train.items()}
             options = self.config.evaluate
-            values = scores(generative(options), self.extractor, real, self.real_test, options.kid_subset_size)
+            values = scores(
+                *(generative(options), self.extractor, real, self.real_test, options.kid_subset_size),
+                cache_dir=Path(options.cache_dir),
+            )
             train, test = self.reference.train, self.reference.test
             label = f"{count:,} of {train.name} against {test.name} ({len(test):,})"
             self.floors[n] = {"floor": values, "floor_label": label}
@@ -181,11 +227,6 @@ class Scorer:
         eta = f", eta {sample.eta:g}" if sample.eta else ""
         steps = sample.skip_steps or config.diffusion.total_steps
         return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}; {origin}"
-
-    def _cost(self, config: DictConfig) -> dict[str, int]:
-        total = config.diffusion.total_steps
-        steps = config.sample.skip_steps or total
-        return {"evaluations": SAMPLERS[config.sample.sampler].evaluations(steps), "steps": steps, "total_steps": total}
 
     def protocol(self, config: DictConfig, weights, seed: int, images: ImageSet | None, n: int) -> dict[str, Any]:
         """Everything that the scores of a cell depend on."""
@@ -211,6 +252,8 @@ class Scorer:
         self, config: DictConfig, weights, options, seed: int, protocol: dict, values: dict, seconds: float | None
     ) -> dict[str, Any]:
         """A row of the results: `values`, the scores, with all that belongs to them."""
+        total = config.diffusion.total_steps
+        steps = config.sample.skip_steps or total
         return {
             "id": cell_id(protocol),
             "label": self.label(config, weights, options, seed),
@@ -220,7 +263,7 @@ class Scorer:
             "scores": values,
             **self.floor(protocol["n"]),
             "seconds_per_image": seconds / protocol["n"] if seconds else None,
-            **(self._cost(config) if weights is not None else {}),
+            **({"evaluations": evaluations(config), "steps": steps, "total_steps": total} if weights else {}),
             "protocol": protocol,
             "circumstances": circumstances(weights, self.accelerator)
             | {"classifier_test_accuracy": self.test_accuracy},

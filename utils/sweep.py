@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Collection
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -21,10 +22,14 @@ AXES = {  # option -> the key that it sweeps over
 
 
 def check_axes(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Raise InputError for an axis that is also given as a dotted key."""
+    """Raise InputError for an axis that is also given as a dotted key, or for what a folder of images has not."""
     for name, dotted in AXES.items():
         if getattr(options, name) and dotted in overrides:
             raise InputError(f"--{name} and --{dotted} are the same option: give one of them")
+    of_weights = ["n_samples"] * ("evaluate.n_samples" in overrides) + ["repeats"] * (options.repeats > 1)
+    of_weights += [name for name in ("store", *AXES) if getattr(options, name)]
+    if options.images and of_weights:
+        raise InputError(f"--{of_weights[0]} goes with --weights: a folder is scored as it is")
 
 
 def cells(options: argparse.Namespace, asked: list[tuple[str, dict[str, str]]]) -> list[dict[str, str]]:
@@ -55,6 +60,26 @@ def apply(base: DictConfig, cell: dict[str, str], asked: Collection[str]) -> Dic
     found = config.merge(("the sweep", cell), base=base)
     drop_stored_eta(found, {*asked, *cell})
     return found
+
+
+def repeat(
+    options: argparse.Namespace, cell: DictConfig, seed: int, row: dict[str, Any], data_keys: dict[str, Any]
+) -> list[str]:
+    """The command line that computes this one row again; what its numbers do not depend on is left out."""
+    words = ["--reference", options.reference, "--seed", str(seed)]
+    given = {name: getattr(options, name) for name in ("config", "weights", "images", "load_ema", "micro_batch")}
+    words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    words += ["--force"] * options.force
+    keys = dict(data_keys) | {f"evaluate.{name}": value for name, value in cell.evaluate.items()}
+    keys["evaluate.metrics"] = f"[{','.join(row['protocol']['metrics'])}]"
+    if options.weights is not None:
+        keys |= {f"sample.{name}": value for name, value in cell.sample.items()}
+        if cell.sample.sampler not in TAKES_ETA:
+            del keys["sample.eta"]
+        keys["evaluate.n_samples"] = row["n"]
+    else:
+        del keys["evaluate.n_samples"]
+    return words + [f"--{name}={'null' if value is None else value}" for name, value in keys.items()]
 
 
 def steps_of(text: str) -> float:
