@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import timedelta
 
+from tqdm import tqdm
+
 from utils.cli import say
+from utils.errors import is_main_process
 
 
 class Cost:
@@ -32,7 +36,9 @@ class Cost:
         self.seconds, self._since = self.seconds + now - self._since, now
         if first:
             rate = f"{self.done / self.seconds:,.0f} network evaluations a second"
-            say(f"about {timedelta(seconds=round(self.left()))} for all of it, going by the first batch ({rate})")
+            if is_main_process():  # past the bar that is being drawn
+                whole = timedelta(seconds=round(self.total * self.seconds / self.done))
+                tqdm.write(f"about {whole} for all of it, going by the first batch ({rate})", file=sys.stderr)
 
     def skip(self, evaluations: int) -> None:
         """So many need not be made: they are on disk already."""
