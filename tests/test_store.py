@@ -161,6 +161,7 @@ def test_results_are_verified(inputs: Path, tmp_path: Path) -> None:
     done = call(main, "--verify", "out/results.json", cwd=tmp_path)
     assert done.stdout.count("| same") == 2 * 3 + 4, done.stdout
     assert "3 rows, all agree" in done.stderr
+    forked(main, "--verify", "out/results.json", cwd=tmp_path, processes=2)
     path = tmp_path / "out/results.json"
     stored = json.loads(path.read_text())
     stored["rows"][1]["scores"]["fid"] *= 1.5
