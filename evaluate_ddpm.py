@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     add("--skip_types", nargs="+", metavar="TYPE", help="score each of these skip types")
     add("--skip_steps", nargs="+", metavar="S", help="score each of these step counts")
     add("--etas", nargs="+", metavar="E", help="score DDIM with each of these")
+    add("--guidance_scales", "--guidance_scale", nargs="+", metavar="W", help="score each of these")
+    add("--per_class", action="store_true", help="also score each class against its own images")
     add(
         "--repeats", type=cli.positive, default=1, metavar="R", help="seeds SEED, SEED + 1, ...: mean and spread over R"
     )
@@ -116,7 +118,7 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
     n = len(images) if options.images else cfg.evaluate.n_samples
     reference = open_for(accelerator, cfg, options.reference, images, data_keys)
     metrics, seeds = generative(cfg.evaluate), range(options.seed, options.seed + options.repeats)
-    scorer = Scorer.open(accelerator, cfg, reference, n, images, options.force) if metrics else None
+    scorer = Scorer.open(accelerator, cfg, reference, n, images, options) if metrics else None
     if "bpd" in cfg.evaluate.metrics:
         found = chains([cell.sample.sampler for cell in cells], cfg.diffusion.learn_variance)
         for chain, seed in itertools.product(found, seeds):
@@ -138,8 +140,8 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
         else:
             found, seconds = features_of(images, scorer.extractor, Path(cfg.evaluate.cache_dir), accelerator), None
         if accelerator.is_main_process:
-            values = scorer.scores(found)
-            row = scorer.row(cell, weights, options, seed, protocol, values, seconds)
+            values, per_class = scorer.scores(found), scorer.class_scores(found) if options.per_class else None
+            row = scorer.row(cell, weights, options, seed, protocol, values, seconds, per_class)
             results.add(row | {"repeat": sweep.repeat(options, cell, seed, row, data_keys)})
             cost.cell_done(row["label"], values)
         accelerator.wait_for_everyone()

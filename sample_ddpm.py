@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from utils import cli, config, constraints, modes
+from utils.captions import read_conditions
 from utils.errors import is_main_process, run_script
 
 __doc__ += "".join(f"  {name:<12} {mode.shows}\n" for name, mode in modes.MODES.items())
-ALIASES = {name: f"sample.{name}" for name in ("sampler", "skip_type", "skip_steps", "eta")}
+ALIASES = {name: f"sample.{name}" for name in ("sampler", "skip_type", "skip_steps", "eta", "guidance_scale")}
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +33,10 @@ def main(argv: list[str]) -> int:
     add("--skip_type", metavar="TYPE", help=", ".join(config.KEYS["sample.skip_type"].choices))
     add("--skip_steps", nargs="+", metavar="S", help="sampling steps, 1 to T; several in mode consistency")
     add("--eta", metavar="E", help="DDIM's eta, 0 to 1")
+    add("--labels", nargs="+", metavar="CLASS", help="class of each image, or all; a shorter list is repeated")
+    add("--prompts", nargs="+", metavar="TEXT", help="text for each image; a shorter list is repeated")
+    add("--prompt_file", metavar="FILE", help="the same, a line each")
+    add("--guidance_scale", nargs="+", metavar="W", help="0 unconditional, 1 conditional, above: stronger; or several")
     add("--show_grid", action="store_true", help="print the timesteps; without --save_dir, only that")
     add("--micro_batch", type=cli.positive_or_auto, metavar="B|auto", help="images at a time, per process")
     add("--mode", choices=modes.MODES, default="sample", help="what each file shows (default: sample)")
@@ -62,12 +67,13 @@ def main(argv: list[str]) -> int:
     keys = {name: value for _, layer in asked for name, value in layer.items()}
     notes = modes.adapt(weights.config, options, keys)
     constraints.check(weights.config, training=False)
+    asked_for = read_conditions(options, weights.config, keys)
     if options.print_config:
         cli.show(config.to_yaml(weights.config))
         return 0
     if options.show_grid and is_main_process():
         print_grids(options, weights.config)
-    return 0 if look_only else sample(options, weights, keys, notes)
+    return 0 if look_only else sample(options, weights, keys, notes, asked_for)
 
 
 def print_grids(options, cfg) -> None:
@@ -79,7 +85,7 @@ def print_grids(options, cfg) -> None:
         print(f"{S} {cfg.sample.skip_type} steps of {len(alpha_bar)}:\n{time_grid(alpha_bar, cfg.sample.skip_type, S)}")
 
 
-def sample(options, weights, keys, notes) -> int:
+def sample(options, weights, keys, notes, asked_for) -> int:
     """Make the pictures that are missing in the folder, split over processes, then draw the overview."""
     from tqdm import tqdm
 
@@ -92,7 +98,7 @@ def sample(options, weights, keys, notes) -> int:
 
     accelerator = distributed.start()
     folder, n_files = Path(options.save_dir).resolve(), modes.n_files(options)
-    job = Job.open(options, weights, keys, accelerator)
+    job = Job.open(options, weights, keys, accelerator, asked_for)
     precision.set_determinism(precision.wants_determinism("auto"), tf32=job.precision != "no")
     check_folder(folder, job.identity)
     job.net = load_network(weights, accelerator.device)

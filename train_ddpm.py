@@ -57,6 +57,7 @@ def train(run) -> int:
     from utils import distributed, precision, training_state
     from utils.data import load_splits
     from utils.data.batches import DRAW_EPS, Batches, draw_timesteps, held_out
+    from utils.data.conditions import Conditions
     from utils.logging import RunLog, banner
     from utils.meter import Meter
     from utils.optimizer import build_ema, build_optimizer, lr_at
@@ -77,13 +78,11 @@ def train(run) -> int:
 
     with distributed.main_process_first(accelerator):  # one downloads
         splits = load_splits(cfg.data)
-    batches = Batches(
-        splits["train"], cfg.seed, opts.batch_size, rank, world, cfg.data.random_flip, device, cfg.data.cache,
-        cfg.data.num_workers,
-    )  # fmt: skip
+    conditions = Conditions.settled(cfg, splits["train"], device)
+    batches = Batches.of(cfg, splits["train"], rank, world, device)
     n_steps = opts.n_steps if opts.n_epochs is None else -(-opts.n_epochs * len(batches) // opts.batch_size)
     valid = held_out(splits.get("test"), opts.n_valid)
-
+    told = Conditions(cfg, valid, device)
     score = TrainingScore(accelerator, cfg, run.stored_state().get("best")) if opts.evaluate_every else None
     claim(run, accelerator)  # everything that was asked for can be had: from here on, files are written
 
@@ -102,14 +101,13 @@ def train(run) -> int:
     meter = Meter(accelerator, state.get("meter"))
     stop = StopRule(accelerator, opts)
 
-    start = state["step"]
+    start, share = state["step"], opts.batch_size // world
     log = RunLog(accelerator, run.folder, start, n_steps)
     banner(log, run, net, process, batches, valid, resolved, start, n_steps)
     if start >= n_steps:
         log.close()
         return 0
 
-    share = opts.batch_size // world
     micro_batch = min(opts.micro_batch or share, share)
     model.train()
     with log, stop, profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
@@ -117,16 +115,18 @@ def train(run) -> int:
             x0 = to_unit(images).contiguous(memory_format=layout)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
             eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
+            cond = conditions.of(cfg.seed, positions, batches.image_ids(positions), opts.condition_dropout)
             lr = lr_at(step, n_steps, opts)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             total = torch.zeros((), device=device)
-            parts = list(zip(*(tensor.split(micro_batch) for tensor in (x0, t, eps))))
+            batch = {"x0": x0, "t": t, "eps": eps, **cond}
+            parts = [dict(zip(batch, part)) for part in zip(*(v.split(micro_batch) for v in batch.values()))]
             for i, part in enumerate(parts):
                 distributed.seed_dropout(cfg.seed, step, rank, i)
                 with distributed.sync_gradients(accelerator, model, i == len(parts) - 1):
-                    loss = process.loss(model, *part).sum() / share
+                    loss = process.loss(model, **part).sum() / share
                     accelerator.backward(loss)
                 total += loss.detach() / world
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
@@ -144,11 +144,12 @@ def train(run) -> int:
                 log.metrics(done, values | shown)
                 stop.check_bad(values["bad_in_row"], log)
             if valid is not None and (done % opts.valid_every == 0 or ends):
-                loss_of = lambda m: validation_loss(accelerator, sharding.whole(m), process, valid, share, dtype)
+                loss_of = lambda m: validation_loss(accelerator, sharding.whole(m), process, valid, told, share, dtype)
                 log.metrics(done, {"valid_loss": loss_of(net), "valid_loss_ema": loss_of(ema.ema_model)})
             if done % opts.sample_every == 0 or ends:
                 shown_by = sharding.whole(ema.ema_model)
-                log.preview(done, preview(accelerator, shown_by, process, cfg.sample, opts.n_samples, share, dtype))
+                shown_of = cfg.sample, opts.n_samples, conditions.shown
+                log.preview(done, preview(accelerator, shown_by, process, *shown_of, share, dtype))
             if score and (done % opts.evaluate_every == 0 or ends):
                 log.metrics(done, score(done, sharding.whole(ema.ema_model), process, share, dtype))
             best = score.best if score else state.get("best")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffusions.guidance import UNGUIDED, Guidance, guided
 from diffusions.noise import randn
 from diffusions.pixels import to_uint8
 from diffusions.process import GaussianDiffusion, Prediction
@@ -22,6 +23,9 @@ class Batch(NamedTuple):
     frames: Tensor | None = None  # [b, F, C, H, W] uint8, moments along the way, from the noise to the data
 
 
+# indices [b] -> the network's conditions, one row each; None: no condition
+Conditions = Callable[[Tensor], dict[str, Tensor] | None]
+
 # (sampler, denoise, indices [b], grid, randn) -> steps: where images start, and how the sampler takes them on.
 Walk = Callable[[Callable[..., Iterator[Step]], Denoise, Tensor, TimeGrid, Randn], Iterator[Step]]
 
@@ -32,17 +36,32 @@ def from_noise(sampler, denoise: Denoise, indices: Tensor, grid: TimeGrid, randn
 
 
 def denoiser(
-    model: nn.Module, process: GaussianDiffusion, clip: bool, dtype: torch.dtype | None = None, cond: dict | None = None
+    model: nn.Module,
+    process: GaussianDiffusion,
+    clip: bool,
+    dtype: torch.dtype | None = None,
+    cond: dict[str, Tensor] | None = None,
+    guidance: Guidance = UNGUIDED,
 ) -> Denoise:
-    """`denoise(x, t)` that samplers call: the network (autocast to dtype, if any), the objective and the clipping."""
+    """`denoise(x, t)` that samplers call: the network (autocast to dtype, if any), guidance, objective and clipping."""
+    network = guided(model, cond, guidance, process.alpha_bar)
 
     def denoise(x: Tensor, t: int) -> Prediction:
-        steps = torch.full((len(x),), t, device=x.device)
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            out = model(x, steps, **(cond or {}))
+            out = network(x, t)
         return process.predict(out.to(x.dtype), x, t, clip)
 
     return denoise
+
+
+def guidance_of(options) -> Guidance:
+    """The guidance that sampling options (the config's sample section) describe; those without any are unguided."""
+    interval = getattr(options, "guidance_interval", None)
+    return Guidance(
+        getattr(options, "guidance_scale", 1.0),
+        getattr(options, "guidance_rescale", 0.0),
+        tuple(interval) if interval else None,
+    )
 
 
 @torch.no_grad()
@@ -65,7 +84,8 @@ def trajectory(
         return randn(seed, indices, next(draws), shape, device)
 
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
-    denoise = denoiser(model, process, options.clip_denoised, dtype, cond)
+    cond = {name: value.to(device) for name, value in (cond or {}).items()}
+    denoise = denoiser(model, process, options.clip_denoised, dtype, cond, guidance_of(options))
     sampler = partial(SAMPLERS[options.sampler], eta=options.eta)
     yield from walk(sampler, denoise, indices, grid, next_draw)
 
@@ -77,7 +97,7 @@ def generate(
     indices: Sequence[int] | Tensor,
     seed: int,
     micro_batch: int,
-    cond: dict[str, Tensor] | None = None,
+    cond: dict[str, Tensor] | Conditions | None = None,
     dtype: torch.dtype | None = None,
     n_frames: int = 0,
     view: str = "x",
@@ -88,11 +108,13 @@ def generate(
     Args:
         model: network with in_channels and image_size; in eval mode, else dropout acts.
         process: the diffusion it was trained for.
-        options: has sampler, skip_type, skip_steps (None: all), eta and clip_denoised: the config's sample section.
+        options: has sampler, skip_type, skip_steps (None: all), eta and clip_denoised, and may have
+            guidance_scale, guidance_rescale and guidance_interval: the config's sample section.
         indices: which images; image i does not depend on which others are asked for.
         seed: the seed of all noise.
         micro_batch: images per forward pass; does not change the noise, nor the images beyond rounding.
-        cond: conditioning of the network, one row per index.
+        cond: conditioning of the network, one row per index, or a function of indices [b] that gives their rows; None:
+            the unconditional network, guided or not.
         dtype: autocast precision of the network; None: float32.
         n_frames: also return that many moments along the way, evenly spaced, the last one the image.
         view: what frames show: "x" (x_t) or "x0" (its prediction).
@@ -113,7 +135,10 @@ def generate(
     indices = torch.as_tensor(indices, dtype=torch.int64)
     for rows in torch.arange(len(indices)).split(micro_batch) if len(indices) else ():
         chosen = indices[rows]
-        rows_cond = {name: value[rows.to(value.device)] for name, value in (cond or {}).items()}
+        if callable(cond):
+            rows_cond = cond(chosen)
+        else:
+            rows_cond = {name: value[rows.to(value.device)] for name, value in (cond or {}).items()}
         frames = []
         for i, step in enumerate(trajectory(model, process, options, chosen, seed, rows_cond, dtype, walk)):
             if i in kept:

@@ -1,4 +1,4 @@
-"""Between latents: spherical interpolation of x_T (Song et al. 2021, section 5.3 and appendix D.5)."""
+"""Between latents: spherical interpolation of x_T (Song et al. 2021, section 5.3 and appendix D.5); and conditions."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from diffusions.generate import Walk
 from diffusions.samplers import Step
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # (a, b [B, ...], weight [B]) -> [B, ...]
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -25,6 +27,27 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return (of_a[:, None] * flat_a + of_b[:, None] * flat_b).view_as(a).to(a.dtype)
 
 
+def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """a, b [B, ...] and weight [B] in [0, 1] -> [B, ...], exactly a where it is 0 and b where it is 1."""
+    return torch.lerp(a, b, weight.to(a.dtype).view(-1, *[1] * (a.dim() - 1)))
+
+
+def ends_of(indices: Tensor, n: int, corners: bool) -> Tensor:
+    """Which images the points `indices` [b] lie between: [b, 2], or [b, 4] with corners (`interpolation`)."""
+    per_picture, n_ends = (n * n, 4) if corners else (n, 2)
+    return n_ends * (indices // per_picture)[:, None] + torch.arange(n_ends)
+
+
+def between(mix: Mix, values: Tensor, indices: Tensor, n: int) -> Tensor:
+    """The points `indices` [b] between their ends' values [b, 2 or 4, ...] -> [b, ...]."""
+    across = (indices % n).to(values.device) / (n - 1)
+    found = mix(values[:, 0], values[:, 1], across)
+    if values.shape[1] == 4:
+        down = (indices // n % n).to(values.device) / (n - 1)
+        found = mix(found, mix(values[:, 2], values[:, 3], across), down)
+    return found
+
+
 def interpolation(latents: Callable[..., Tensor], n: int, corners: bool) -> Walk:
     """A walk whose item r n + j is the j-th of n points from latent 2r to latent 2r + 1, both ends included.
 
@@ -33,16 +56,25 @@ def interpolation(latents: Callable[..., Tensor], n: int, corners: bool) -> Walk
     """
 
     def walk(sampler, denoise, indices: Tensor, grid, randn) -> Iterator[Step]:
-        per_picture, n_ends = (n * n, 4) if corners else (n, 2)
-        ends = n_ends * (indices // per_picture)[:, None] + torch.arange(n_ends)  # [b, n_ends]
-        needed, places = torch.unique(ends, return_inverse=True)  # an encoded end is encoded once
+        needed, places = torch.unique(ends_of(indices, n, corners), return_inverse=True)  # encoded once each
         x = latents(denoise, needed, grid)
-        x = x[places.to(x.device)]  # [b, n_ends, C, H, W]
-        across = (indices % n).to(x.device) / (n - 1)
-        start = slerp(x[:, 0], x[:, 1], across)
-        if corners:
-            down = (indices // n % n).to(x.device) / (n - 1)
-            start = slerp(start, slerp(x[:, 2], x[:, 3], across), down)
+        start = between(slerp, x[places.to(x.device)], indices, n)
         yield from sampler(denoise, start, grid, randn)
 
     return walk
+
+
+def interpolated_conditions(
+    encoded: Callable[[Tensor], dict[str, Tensor]], n: int, corners: bool
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The `cond` of the items of `interpolation`: what the network reads of a condition, mixed linearly.
+
+    encoded: images [b] -> their encoded conditions, one row each.
+    """
+
+    def cond(indices: Tensor) -> dict[str, Tensor]:
+        needed, places = torch.unique(ends_of(indices, n, corners), return_inverse=True)
+        found = encoded(needed)
+        return {name: between(lerp, value[places.to(value.device)], indices, n) for name, value in found.items()}
+
+    return cond

@@ -1,7 +1,10 @@
 """Networks by name. Pure torch: imports neither diffusions nor utils."""
 
+from functools import partial
+
 from torch import nn
 
+from models.conditioning import build_condition
 from models.unet import UNet
 
 MODELS: dict[str, type[nn.Module]] = {"unet": UNet}
@@ -11,12 +14,14 @@ def build_model(options, image_size: int, channels: int, learn_variance: bool = 
     """The network that `options` (the config's model section) describes, freshly initialised, in float32.
 
     Args:
-        options: has name, dim, dim_mults, attn_resolutions, num_res_blocks, n_heads, norm_groups and dropout.
+        options: has name, dim, dim_mults, attn_resolutions, num_res_blocks, n_heads, norm_groups, dropout,
+            and what it is conditioned on: condition, adaptive_norm and, as `conditioning.build_condition` needs them,
+            classes, cross_attn_resolutions, text_dim, text_layers and text_length.
         image_size: height and width of the images [pixels].
         channels: channels of the images; the output has twice as many where the variance is learned.
 
     Raises:
-        ValueError: a name that is not in MODELS.
+        ValueError: a name that is not in MODELS, or a condition that lacks something.
     """
     if options.name not in MODELS:
         raise ValueError(f"unknown network {options.name!r}; the networks are {', '.join(MODELS)}")
@@ -31,4 +36,7 @@ def build_model(options, image_size: int, channels: int, learn_variance: bool = 
         n_heads=options.n_heads,
         norm_groups=options.norm_groups,
         dropout=options.dropout,
+        adaptive_norm=options.adaptive_norm,
+        condition=partial(build_condition, options),
+        cross_attn_resolutions=tuple(options.cross_attn_resolutions),
     )

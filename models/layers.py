@@ -42,13 +42,18 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv; + projected time embedding; norm, SiLU, dropout, conv; + shortcut (1x1 where widths differ)."""
+    """norm, SiLU, conv; + projected time embedding; norm, SiLU, dropout, conv; + shortcut (1x1 where widths differ).
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float) -> None:
+    adaptive: the embedding scales and shifts what the second norm gives, in place of being added before it (Nichol and
+    Dhariwal 2021, section 2; adaptive group normalisation).
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float, adaptive: bool = False) -> None:
         super().__init__()
+        self.adaptive = adaptive
         self.norm1 = norm(groups, c_in)
         self.conv1 = conv(c_in, c_out, 3, padding=1)
-        self.temb_proj = linear(c_time, c_out)
+        self.temb_proj = linear(c_time, 2 * c_out if adaptive else c_out)
         self.norm2 = norm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(c_out, c_out, 3, padding=1, scale=0)
@@ -58,8 +63,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x [B, c_in, H, W], temb [B, c_time] already through SiLU -> [B, c_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(temb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        emb = self.temb_proj(temb)[:, :, None, None]
+        if self.adaptive:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 

@@ -83,7 +83,7 @@ class DatasetClassifier(FeatureExtractorBase):
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
+        return "logits" if metric in ("isc", "condition_accuracy") else "features"
 
     @staticmethod
     def can_be_compiled() -> bool:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import InputError
 
-MAX_ENTRIES = 64  # of a list: far above what any key needs, and checked at once
+MAX_ENTRIES, MAX_NAMES = 64, 4096  # of a list of numbers, and of text: far above what any key needs
 BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 Switch = Literal["auto", "true", "false"]
@@ -46,7 +46,8 @@ SamplerName = Literal["fixed-large", "fixed-small", "learned-range", "ddim", "he
 SkipType = Literal["uniform", "quad", "trailing", "linspace", "logsnr"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Extractor = Literal["inception-v3-compat", "dataset-classifier", "vgg16", "clip-vit-b-32", "dinov2-vit-b-14"]
-Metric = Literal["fid", "isc", "kid", "prc", "bpd"]
+Metric = Literal["fid", "isc", "kid", "prc", "condition_accuracy", "bpd"]
+Condition = Literal["none", "class", "text"]
 
 
 def key(default: Any, doc: str, ge: float | None = None, gt: float | None = None, le: float | None = None,
@@ -69,7 +70,10 @@ class Data:
     cache: Switch = key("auto", "hold the decoded data set as uint8 in device memory (auto: when it is under 1 GiB)")
     download: bool = key(True, "download the data set where it is missing and can be had")
     valid_fraction: float = key(0.0, "share of the training images held out; 0: the set's own test split", ge=0, lt=1)
-    captions: str | None = key(None, "caption templates; needs model.condition = text")
+    captions: list[str] | None = key(
+        None, "caption templates, {} stands for the class; null: the set's own texts, else just {}; for text"
+    )
+    captions_held_out: list[str] = key([], "captions never shown in training, to see what it makes of them later")
 
 
 @dataclass
@@ -82,7 +86,13 @@ class Model:
     n_heads: int = key(1, "attention heads", ge=1)
     norm_groups: int = key(32, "groups of every group normalisation; must divide every width", ge=1)
     dropout: float = key(0.1, "dropout inside residual blocks", ge=0, lt=1)
-    condition: Literal["none"] = key("none", "what the network is conditioned on")
+    condition: Condition = key("none", "what the network is told besides x_t and t")
+    classes: list[str] = key([], "names of the classes; taken from the data set when training starts")
+    adaptive_norm: bool = key(False, "the time and class embedding scales and shifts after each norm (AdaGN)")
+    cross_attn_resolutions: list[int] = key([], "image sizes with cross-attention to the text; the middle has it too")
+    text_dim: int = key(128, "width of the text encoder, a multiple of 32 [channels]", ge=32)
+    text_layers: int = key(2, "transformer blocks of the text encoder", ge=1)
+    text_length: int = key(64, "one more than the bytes of text that are read", ge=2, le=4096)
 
 
 @dataclass
@@ -117,7 +127,9 @@ class Train:
     deterministic: Switch = key("auto", "bit-identical resume; auto: true on the CPU")
     shard: bool = key(False, "divide weights, gradients, moments and EMA among the processes (FSDP2)")
     gradient_checkpointing: bool = key(False, "recompute residual blocks in the backward pass to save memory")
-    condition_dropout: float = key(0.0, "probability of dropping the condition; needs model.condition", ge=0, le=1)
+    condition_dropout: float = key(
+        0.0, "probability of dropping the condition of an example, for guidance; needs model.condition", ge=0, le=1
+    )
     log_every: int = key(50, "updates between log lines", ge=1)
     log_with: Literal["tensorboard", "none"] = key("tensorboard", "tracker beside metrics.jsonl")
     save_every: int = key(5000, "updates between checkpoints (one is always made at the end)", ge=1)
@@ -141,7 +153,11 @@ class Sample:
     skip_steps: int | None = key(None, "S, the number of sampling steps; null: all T", ge=1)
     eta: float = key(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as DDPM", ge=0, le=1)
     clip_denoised: bool = key(True, "clip the predicted x0 to [-1, 1] at every step")
-    guidance_scale: float = key(1.0, "classifier-free guidance; other than 1 needs model.condition", ge=0)
+    guidance_scale: float = key(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, above: stronger", ge=0)
+    guidance_rescale: float = key(0.0, "share by which guided outputs get their own spread back", ge=0, le=1)
+    guidance_interval: list[float] | None = key(
+        None, "lowest and highest noise level sigma at which guidance acts; null: everywhere", ge=0
+    )
     mixed_precision: Precision = key("auto", "precision of the network while sampling (auto: as train's auto)")
     compile: Switch = key("auto", "torch.compile the network while sampling")
 
@@ -304,8 +320,9 @@ def _typed(info: KeyInfo, value: Any) -> Any:
         value = [item.strip().strip("'\"") for item in text[1:-1].split(",")] if text[1:-1].strip() else []
     if not isinstance(value, list):
         raise ValueError
-    if len(value) > MAX_ENTRIES:
-        raise ValueError(f"; at most {MAX_ENTRIES} entries")
+    most = MAX_NAMES if info.element is str else MAX_ENTRIES
+    if len(value) > most:
+        raise ValueError(f"; at most {most} entries")
     return [_scalar(info, item) for item in value]
 
 
@@ -350,7 +367,7 @@ def _guess(info: KeyInfo, value: Any) -> str:
 
 
 def _in_range(info: KeyInfo, value: Any) -> bool:
-    numbers = list(value) if info.is_list else [value]
+    numbers = list(value or ()) if info.is_list else [value]
     numbers = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
     low, above, high, below = (info.range[name] for name in ("ge", "gt", "le", "lt"))
     return all(

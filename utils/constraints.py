@@ -19,6 +19,7 @@ def check(config: DictConfig, training: bool = True) -> None:
     """Raise InputError for the first combination of keys that can't work; `training` looks at train.* too."""
     check_data(config.data)
     _check_model(config)
+    _check_condition(config, training)
     _check_diffusion(config)
     if training:
         _check_train(config)
@@ -33,8 +34,6 @@ def level_sizes(config: DictConfig) -> list[int]:
 def check_data(data: DictConfig) -> None:
     if data.channels == 2:
         raise InputError("data.channels = 2: wanted 1 (gray) or 3 (RGB)")
-    if data.captions is not None:
-        raise InputError("data.captions: captions need model.condition = text, which this version does not have")
 
 
 def _check_model(config: DictConfig) -> None:
@@ -67,6 +66,35 @@ def _check_model(config: DictConfig) -> None:
             raise InputError(f"model.n_heads = {model.n_heads}: does not divide the attended width {width}")
 
 
+def _check_condition(config: DictConfig, training: bool) -> None:
+    model, sizes = config.model, level_sizes(config)
+    for name in ("captions", "captions_held_out"):
+        if config.data[name] and model.condition != "text" and training:
+            raise InputError(f"data.{name} needs model.condition = text; it is {model.condition}")
+    for template in config.data.captions or ():
+        if template.count("{}") != 1:
+            raise InputError(f"data.captions: {template!r}: wanted one {{}} in it, where the class goes")
+    for name in ("classes", "cross_attn_resolutions"):
+        if model[name] and model.condition == "none":
+            raise InputError(f"model.{name} needs a conditional network; model.condition is none")
+    if model.condition == "class" and not training and not model.classes:
+        raise InputError("model.condition = class, but model.classes does not name the classes that the weights know")
+    if len(set(model.classes)) < len(model.classes):
+        raise InputError("model.classes names a class twice")
+    if model.condition == "text" and model.text_dim % 32:
+        raise InputError(f"model.text_dim = {model.text_dim}: must be a multiple of 32, the width of a head")
+    for size in model.cross_attn_resolutions:
+        if model.condition != "text":
+            raise InputError("model.cross_attn_resolutions: cross-attention reads a text; model.condition is class")
+        if size not in sizes:
+            raise InputError(
+                f"model.cross_attn_resolutions = {list(model.cross_attn_resolutions)}: {size} never occurs; "
+                f"the levels are {', '.join(map(str, sizes))} pixels"
+            )
+        if (width := model.dim * model.dim_mults[sizes.index(size)]) % model.n_heads:
+            raise InputError(f"model.n_heads = {model.n_heads}: does not divide the attended width {width}")
+
+
 def _check_diffusion(config: DictConfig) -> None:
     diffusion = config.diffusion
     if diffusion.beta_schedule in ("linear", "sigmoid", "quad") and diffusion.beta_start > diffusion.beta_end:
@@ -93,7 +121,7 @@ def _check_train(config: DictConfig) -> None:
     train = config.train
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise InputError(f"train.betas = {list(train.betas)}: wanted two numbers in [0, 1)")
-    if train.condition_dropout > 0:
+    if train.condition_dropout > 0 and config.model.condition == "none":
         raise InputError("train.condition_dropout needs a conditional network; model.condition is none")
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if train.shard and (launcher if train.mixed_precision == "auto" else train.mixed_precision) == "fp16":
@@ -124,10 +152,28 @@ def _check_sample(config: DictConfig) -> None:
             f"sample.sampler = {sample.sampler}: needs a network that predicts its variance, trained with "
             "diffusion.learn_variance = true; this one has none: use fixed-large or fixed-small"
         )
-    if sample.guidance_scale != 1:
+    check_guidance(config, sample.guidance_scale)
+
+
+def check_guidance(config: DictConfig, scale: float) -> None:
+    """Raise InputError for a guidance that the network can't have, or that says nothing."""
+    sample, shown = config.sample, f"sample.guidance_scale = {scale:g}"
+    if scale != 1 and config.model.condition == "none":
+        raise InputError(f"{shown}: guidance needs a conditional network; model.condition is none")
+    if scale != 1 and config.train.condition_dropout == 0:
         raise InputError(
-            f"sample.guidance_scale = {sample.guidance_scale:g}: guidance needs a conditional network; "
-            "model.condition is none"
+            f"{shown}: guidance needs a network that was trained with train.condition_dropout above 0, "
+            "so that it knows what no condition is"
+        )
+    if sample.guidance_interval is not None:
+        interval = list(sample.guidance_interval)
+        if len(interval) != 2 or interval[0] > interval[1]:
+            raise InputError(f"sample.guidance_interval = {interval}: wanted [lowest, highest] noise level sigma")
+        if scale == 0:
+            raise InputError(f"{shown} with sample.guidance_interval: nothing would be guided; use a scale above 0")
+    if config.model.condition == "none" and (sample.guidance_rescale or sample.guidance_interval is not None):
+        raise InputError(
+            "sample.guidance_rescale, guidance_interval: need a conditional network; model.condition is none"
         )
 
 

@@ -30,6 +30,7 @@ DEMANDS = {  # key of ours -> the values that their code has
     "model.n_heads": (1,),
     "model.norm_groups": (32,),
     "model.condition": ("none",),
+    "model.adaptive_norm": (False,),
     "diffusion.beta_schedule": ("linear", "quad", "sigmoid", "const", "jsd"),
     "diffusion.objective": ("pred_eps",),
     "diffusion.learn_variance": (False,),

@@ -138,7 +138,9 @@ def unet_json(config: DictConfig) -> dict[str, Any]:
     if model.dim < 4:
         wrong.append(f"model.dim = {model.dim} (it needs at least two frequencies of time)")
     if model.condition != "none":
-        wrong.append(f"model.condition = {model.condition} (a UNet2DModel takes no text)")
+        wrong.append(f"model.condition = {model.condition} (a UNet2DModel takes no text, and classes otherwise)")
+    if model.adaptive_norm:
+        wrong.append("model.adaptive_norm = true (it has another order of scale and shift)")
     if wrong:
         raise InputError(f"diffusers' UNet2DModel can't hold this network: {'; '.join(wrong)}")
     return {

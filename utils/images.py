@@ -25,6 +25,11 @@ def strip(frames: Tensor) -> Tensor:
     return torch.cat(list(frames), dim=-1)
 
 
+def upright(frames: Tensor) -> Tensor:
+    """uint8 [F, C, H, W] -> [C, F * H, W], one below the other without gaps."""
+    return torch.cat(list(frames), dim=-2)
+
+
 def enlarge(picture: Tensor, at_least: int = 512) -> Tensor:
     """Repeat pixels of a small picture [C, H, W] until its longer side has `at_least` of them."""
     factor = max(1, -(-at_least // max(picture.shape[-2:])))

@@ -17,6 +17,7 @@ from diffusions.noise import randn
 from diffusions.pixels import to_unit
 from diffusions.samplers import Denoise
 from utils import precision
+from utils.captions import Asked
 from utils.cli import say
 from utils.data.batches import decoded
 from utils.data.image_set import ImageSet
@@ -44,13 +45,15 @@ def bound_row(
     Raises:
         RankError: an image that can't be read.
     """
+    if config.model.condition != "none":
+        raise InputError("the metric bpd is not there for conditional networks: leave it out of --metrics")
     n = min(config.evaluate.n_samples, len(images))
     precision_name = precision.mixed_precision(config.sample.mixed_precision)
     config = config.copy()
     config.sample.sampler, config.sample.skip_steps, config.sample.eta = chain, None, 0.0
     process = build_process(config.diffusion)
     protocol = {
-        "source": sampling_identity(weights, config, process, seed, precision_name),
+        "source": sampling_identity(weights, config, process, seed, precision_name, Asked("none")),
         "n": n,
         "reference": images.name,
         "reference_sha256": images.content_hash(),

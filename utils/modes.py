@@ -76,6 +76,14 @@ def check_options(options: argparse.Namespace, overrides: Collection[str], look_
         raise InputError("--n_interpolate 1: wanted at least 2, the two ends")
     options.n_interpolate = options.n_interpolate or N_INTERPOLATE
     options.n_resample = options.n_resample or N_RESAMPLE
+    scales, options.guidance_scales = options.guidance_scale or [], []
+    if len(scales) > 1 and options.mode != "sample":
+        raise InputError(f"--guidance_scale {' '.join(scales)}: several scales belong to --mode sample")
+    if len(scales) > 1:
+        options.guidance_scales = [_scale(text) for text in scales]
+    options.guidance_scale = scales[0] if len(scales) == 1 else None
+    if options.guidance_scales and "sample.guidance_scale" in overrides:
+        raise InputError("--guidance_scale and --sample.guidance_scale are the same option: give one of them")
     counts = options.skip_steps or []
     if options.mode == "consistency":
         if "sample.skip_steps" in overrides:
@@ -88,6 +96,16 @@ def check_options(options: argparse.Namespace, overrides: Collection[str], look_
         )
     else:
         options.skip_steps = counts[0] if counts else None
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = -1.0
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"--guidance_scale {text}: wanted a number of at least 0")
+    return scale
 
 
 def adapt(config: DictConfig, options: argparse.Namespace, asked: Collection[str]) -> list[str]:

@@ -15,17 +15,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusions import Batch, GaussianDiffusion, build_process, time_grid
+from diffusions.generate import Conditions, denoiser, guidance_of
 from diffusions.inpainting import inpainting
-from diffusions.interpolation import interpolation
+from diffusions.interpolation import interpolated_conditions, interpolation
 from diffusions.inversion import encode
 from diffusions.noise import randn
 from diffusions.pixels import to_unit
 from utils import modes, precision
+from utils.captioned import captioned_grid
+from utils.captions import Asked
 from utils.checkpoint import write_atomically
 from utils.cli import say
+from utils.data.conditions import cond_of
 from utils.data.image_set import ImageSet
 from utils.distributed import main_process_first
-from utils.images import enlarge, grid, read_png, strip
+from utils.images import enlarge, grid, read_png, strip, upright
 from utils.micro_batch import generate_fitting
 from utils.process import signal_left
 from utils.protocol import sampling_identity
@@ -48,10 +52,14 @@ class Job:
     source: ImageSet | None
     hole: Tensor | None  # [H, W] bool
     identity: dict[str, Any]  # what the pictures are a function of
+    asked: Asked  # the conditions
+    text_length: int
     net: nn.Module | None = None
 
     @classmethod
-    def open(cls, options: argparse.Namespace, weights: Weights, keys: dict[str, Any], accelerator) -> Job:
+    def open(
+        cls, options: argparse.Namespace, weights: Weights, keys: dict[str, Any], accelerator, asked: Asked
+    ) -> Job:
         """Everything but the network; keys: dotted keys given for this call. Raises InputError for wrong options."""
         cfg, extra = weights.config, {}
         process, precision_name = build_process(cfg.diffusion), precision.mixed_precision(cfg.sample.mixed_precision)
@@ -71,12 +79,19 @@ class Job:
             extra |= {"n_interpolate": options.n_interpolate, "corners": options.corners}
         if options.mode == "consistency":
             extra["grids"] = [time_grid(process.alpha_bar, cfg.sample.skip_type, S).t[:-1].tolist() for S in counts]
-        identity = sampling_identity(weights, cfg, process, options.seed, precision_name)
+        if options.guidance_scales:
+            extra["guidance_scales"] = options.guidance_scales
+        identity = sampling_identity(weights, cfg, process, options.seed, precision_name, asked)
         identity |= {"mode": options.mode, "frames": n_frames} | extra
-        return cls(process, cfg.sample, options, precision_name, n_frames, counts, source, hole, identity)
+        return cls(
+            process, cfg.sample, options, precision_name, n_frames, counts, source, hole, identity, asked,
+            cfg.model.text_length,
+        )  # fmt: skip
 
     @property
     def unit(self) -> str:
+        if self.options.guidance_scales:
+            return "columns"
         return {"sample": "images", "interpolate": "squares" if self.options.corners else "rows"}.get(
             self.options.mode, "strips"
         )
@@ -84,13 +99,31 @@ class Job:
     def describe(self) -> str:
         steps = ", ".join(map(str, self.counts))
         sample = self.sample
-        return f"{sample.sampler}, {sample.skip_type} {steps} steps, {self.precision}, seed {self.options.seed}"
+        return f"{sample.sampler}, {sample.skip_type} {steps} steps, {self.precision}, seed {self.options.seed}" + (
+            self.asked.describe() + self._guidance()
+        )
 
-    def images(self, indices: list[int], sample: DictConfig | None = None, **more: Any) -> Iterator[Batch]:
+    def _guidance(self) -> str:
+        scales = self.options.guidance_scales or [self.sample.guidance_scale] * bool(self.asked.entries)
+        return f", guidance {' '.join(f'{scale:g}' for scale in scales)}" if scales else ""
+
+    def images(
+        self, indices: list[int], sample: DictConfig | None = None, cond: Conditions | None = None, **more: Any
+    ) -> Iterator[Batch]:
         return generate_fitting(
             self.net, self.process, sample or self.sample, indices, self.options.seed, self.options.micro_batch,
-            dtype=precision.DTYPES[self.precision], **more,
+            cond=cond or self.cond, dtype=precision.DTYPES[self.precision], **more,
         )  # fmt: skip
+
+    def cond(self, indices: Tensor) -> dict[str, Tensor] | None:
+        """The conditions of images."""
+        return cond_of(self.asked, self.text_length, indices)
+
+    @torch.no_grad()
+    def encoded(self, indices: Tensor) -> dict[str, Tensor]:
+        """The same as the network reads them."""
+        device = next(self.net.parameters()).device
+        return self.net.encode(**{name: value.to(device) for name, value in self.cond(indices).items()})
 
     def real(self, indices: Tensor) -> Tensor:
         """Images of the source, [b, C, H, W] in [-1, 1]."""
@@ -99,6 +132,10 @@ class Job:
     def latents(self, denoise, indices: Tensor, grid) -> Tensor:
         """x_T of images: those of the source encoded, or the noise that mode sample starts from."""
         device = next(self.net.parameters()).device
+        if self.source is not None and self.asked.entries:  # `denoise` may be of conditions between those of images
+            guidance, dtype = guidance_of(self.sample), precision.DTYPES[self.precision]
+            cond = self.encoded(indices)
+            denoise = denoiser(self.net, self.process, self.sample.clip_denoised, dtype, cond, guidance)
         if self.source is not None:
             return encode(denoise, self.real(indices).to(device), grid)
         shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
@@ -106,8 +143,27 @@ class Job:
 
 
 def samples(job: Job, files: list[int]) -> Pictures:
+    if job.options.guidance_scales:
+        yield from scales(job, files)
+        return
     for batch in job.images(files):
         yield from zip(batch.indices.tolist(), batch.images)
+
+
+def scales(job: Job, files: list[int]) -> Pictures:
+    """Each image under every guidance scale, one below the other."""
+    yield from _under_each(job, files, "guidance_scale", job.options.guidance_scales, upright)
+
+
+def _under_each(job: Job, files: list[int], option: str, values: Sequence[Any], joined) -> Pictures:
+    """Each image under every value of a sampling option."""
+    for rows in torch.tensor(files, dtype=torch.int64).split(job.options.micro_batch or 64) if files else ():
+        columns = []
+        for value in values:
+            sample = job.sample.copy()
+            sample[option] = value
+            columns.append(torch.cat([batch.images for batch in job.images(rows.tolist(), sample)]))
+        yield from zip(rows.tolist(), map(joined, torch.stack(columns, dim=1)))
 
 
 def strips(job: Job, files: list[int]) -> Pictures:
@@ -120,7 +176,8 @@ def interpolations(job: Job, files: list[int]) -> Pictures:
     n, corners = job.options.n_interpolate, job.options.corners
     per_file = n * n if corners else n
     items = [file * per_file + j for file in files for j in range(per_file)]
-    batches = job.images(items, walk=interpolation(job.latents, n, corners))
+    cond = interpolated_conditions(job.encoded, n, corners) if job.asked.entries else None
+    batches = job.images(items, cond=cond, walk=interpolation(job.latents, n, corners))
     points = (image for batch in batches for image in batch.images)
     for file in files:
         square = torch.stack([next(points) for _ in range(per_file)])
@@ -145,13 +202,7 @@ def inpaintings(job: Job, files: list[int]) -> Pictures:
 
 
 def consistencies(job: Job, files: list[int]) -> Pictures:
-    for rows in torch.tensor(files, dtype=torch.int64).split(job.options.micro_batch or 64) if files else ():
-        columns = []
-        for S in job.counts:
-            sample = job.sample.copy()
-            sample.skip_steps = S
-            columns.append(torch.cat([batch.images for batch in job.images(rows.tolist(), sample)]))
-        yield from zip(rows.tolist(), map(strip, torch.stack(columns, dim=1)))
+    yield from _under_each(job, files, "skip_steps", job.counts, strip)
 
 
 PICTURES: dict[str, Callable[[Job, list[int]], Pictures]] = {
@@ -168,12 +219,37 @@ PICTURES: dict[str, Callable[[Job, list[int]], Pictures]] = {
 def overview(job: Job, paths: Iterable[Path]) -> Tensor:
     """One picture of the first files: images near square, strips with gaps between frames, short ones several a row."""
     mode, corners = job.options.mode, job.options.corners
+    if job.asked.entries:
+        return captioned_overview(job, list(paths))
     shown = [read_png(path) for path in list(paths)[: 64 if mode == "sample" else 4 if corners else 16]]
     if mode == "sample" or corners:
         return enlarge(grid(shown))
     per_strip = shown[0].shape[-1] // shown[0].shape[-2]
     frames = [frame for picture in shown for frame in picture.chunk(per_strip, dim=-1)]
     return enlarge(grid(frames, per_strip * max(1, 8 // per_strip)))
+
+
+def captioned_overview(job: Job, paths: list[Path]) -> Tensor:
+    """The same with the conditions beneath the images, or beside the strips; guidance scales beside their rows."""
+    options, name = job.options, job.asked.name
+    if options.guidance_scales:
+        columns = [read_png(path).chunk(len(options.guidance_scales), dim=-2) for path in paths[:16]]
+        names = [[""] * len(columns)] * (len(options.guidance_scales) - 1) + [[name(i) for i in range(len(columns))]]
+        return captioned_grid(list(zip(*columns)), names, [f"scale {scale:g}" for scale in options.guidance_scales])
+    if options.mode == "sample":
+        shown = [read_png(path) for path in paths[:64]]
+        width = max(1, round(len(shown) ** 0.5))
+        starts = range(0, len(shown), width)
+        rows = [shown[i : i + width] for i in starts]
+        return captioned_grid(rows, [[name(i + j) for j in range(len(row))] for i, row in zip(starts, rows)])
+    if options.corners:
+        names = [" | ".join(name(4 * i + j) for j in range(4)) for i in range(len(paths[:4]))]
+        return captioned_grid([[read_png(path)] for path in paths[:4]], [[text] for text in names])
+    strips = [read_png(path) for path in paths[:16]]
+    rows = [strip.chunk(strip.shape[-1] // strip.shape[-2], dim=-1) for strip in strips]
+    pairs = options.mode == "interpolate"
+    titles = [f"{name(2 * i)} → {name(2 * i + 1)}" if pairs else name(i) for i in range(len(rows))]
+    return captioned_grid(rows, beside=titles)
 
 
 def write_animation(path: Path, job: Job, paths: Iterable[Path], milliseconds: int = 120) -> None:

@@ -9,17 +9,26 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusions import GaussianDiffusion, time_grid
+from utils.captions import Asked
+
+CONDITIONAL = ("classes", "adaptive_norm", "cross_attn_resolutions", "text_dim", "text_layers", "text_length")
 
 
 def sampling_identity(
-    weights, config: DictConfig, process: GaussianDiffusion, seed: int, precision: str
+    weights, config: DictConfig, process: GaussianDiffusion, seed: int, precision: str, asked: Asked
 ) -> dict[str, Any]:
-    """Everything that the pixels of image i depend on, besides i; `config` holds the sampling options."""
+    """Everything that the pixels of image i depend on, besides i; `config` holds the sampling options.
+
+    What only conditional networks have is left out of others: so it was before there were any.
+    """
     options = config.sample
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
+    model = OmegaConf.to_container(config.model)
+    if model["condition"] == "none":
+        model = {name: value for name, value in model.items() if name not in CONDITIONAL}
     return {
         "weights_sha256": weights.sha256(),
-        "model": OmegaConf.to_container(config.model),
+        "model": model,
         "shape": [config.data.channels, config.data.image_size, config.data.image_size],
         "objective": process.objective,
         "sampler": options.sampler,
@@ -31,7 +40,15 @@ def sampling_identity(
         "alpha_bar": grid.alpha_bar[:-1].tolist(),
         "seed": seed,
         "precision": precision,
+        **asked.identity(),
+        **(_guidance(options) if asked.entries else {}),
     }
+
+
+def _guidance(options) -> dict[str, Any]:
+    """What there is to say of guidance besides its scale."""
+    interval = None if options.guidance_interval is None else list(options.guidance_interval)
+    return {"guidance_rescale": options.guidance_rescale, "guidance_interval": interval}
 
 
 def versions() -> dict[str, str]:

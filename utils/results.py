@@ -14,7 +14,7 @@ from typing import Any
 from utils.checkpoint import write_atomically
 from utils.errors import InputError
 
-SCORES = ("fid", "isc", "kid", "precision", "recall", "f_score", "bpd")
+SCORES = ("fid", "isc", "kid", "precision", "recall", "f_score", "condition_accuracy", "bpd")
 
 
 def cell_id(protocol: dict[str, Any]) -> str:
@@ -46,6 +46,7 @@ class Results:
         write_atomically(self.out / "results.csv", lambda p: p.write_text(to_csv(self.rows)))
         write_atomically(self.out / "report.md", lambda p: p.write_text(report(self.rows)))
         draw_sweep(self.rows, self.out / "score_vs_steps.png")
+        draw_guidance(self.rows, self.out / "accuracy_vs_fid.png")
         if bounds := [row for row in self.rows if "terms" in row]:
             draw_terms(bounds, self.out / "bpd_terms.png")
 
@@ -112,7 +113,19 @@ def report(rows: list[dict[str, Any]]) -> str:
             cells = [_number(floor["floor"], name) for name in names]
             table.append([f"floor: {floor['floor_label']}", *cells, "", *[""] * len(cost)])
         parts.append(title + "\n" + markdown(table))
+        parts += [class_table(row) for row in group if "per_class" in row]
     return "\n".join(parts)
+
+
+def class_table(row: dict[str, Any]) -> str:
+    """The scores of each class, and their mean over classes."""
+    by_class = row["per_class"]
+    names = [name for name in SCORES if name in next(iter(by_class.values()))]
+    table = [["class", *names]]
+    table += [[name, *(_number(values, score) for score in names)] for name, values in by_class.items()]
+    means = {score: statistics.fmean(values[score] for values in by_class.values()) for score in names}
+    table.append(["mean over classes", *(_number(means, score) for score in names)])
+    return f"per class: {row['label']}\n\n{markdown(table)}"
 
 
 def _full_chain(rows: list[dict[str, Any]]) -> float | None:
@@ -134,7 +147,8 @@ def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
             name, value = next((name, row["scores"][name]) for name in SCORES if name in row["scores"])
             score = f"{name}[{row['extractor']}]@{row['n']} against {row['reference']}"
             hashes = (row["protocol"]["reference_sha256"][:6], source["weights_sha256"][:6])
-            line = (source["sampler"], source["skip_type"], f"eta {source['eta']:g}", score, *hashes)
+            guidance = f"guidance {source['guidance_scale']:g}"
+            line = (source["sampler"], source["skip_type"], f"eta {source['eta']:g}", score, guidance, *hashes)
             n = row.get("evaluations", len(source["timesteps"]))
             milliseconds = 1000 * row["seconds_per_image"] if row.get("seconds_per_image") else None
             point = {"n": n, "ms": milliseconds, "score": value, "spread": row["scores"].get(f"{name}_std", 0.0)}
@@ -164,6 +178,35 @@ def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0].set_xticks([], minor=True)
     axes[0].set_ylabel(" / ".join(dict.fromkeys(line[3] for line in lines)), fontsize=8)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
+
+
+def draw_guidance(rows: list[dict[str, Any]], path: Path) -> None:
+    """The share of images that show what was asked over FID, a point per guidance scale; nothing for fewer than two."""
+    lines: dict[tuple[Any, ...], dict[float, tuple[float, float]]] = {}
+    for row in over_seeds(rows):
+        if {"fid", "condition_accuracy"} <= row["scores"].keys():
+            source = row["protocol"]["source"]
+            line = (source["sampler"], f"{len(source['timesteps'])} {source['skip_type']} steps", row["n"],
+                    row["reference"], source["weights_sha256"][:6])  # fmt: skip
+            point = row["scores"]["fid"], row["scores"]["condition_accuracy"]
+            lines.setdefault(line, {})[source["guidance_scale"]] = point
+    if max(map(len, lines.values()), default=0) < 2:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axis = figure.subplots()
+    for line, points in lines.items():
+        scales = sorted(points)
+        axis.plot(*zip(*(points[scale] for scale in scales)), "o-", markersize=4, label=", ".join(map(str, line[:2])))
+        for scale in scales:
+            axis.annotate(f"{scale:g}", points[scale], textcoords="offset points", xytext=(5, -9), fontsize=8)
+    axis.set(xscale="log", xlabel=f"FID [{rows[-1]['extractor']}]@{rows[-1]['n']}, by guidance scale",
+             ylabel="condition accuracy")  # fmt: skip
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7)
     figure.tight_layout()
     write_atomically(path, lambda place: figure.savefig(place, dpi=110, format="png"))
 

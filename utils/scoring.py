@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusions import SAMPLERS, build_process
+from diffusions.generate import Conditions
 from utils import classifier, precision
+from utils.captions import Asked
 from utils.cli import say
 from utils.cost import Cost
+from utils.data.conditions import as_in_data, cond_of, in_turn
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
@@ -31,12 +35,15 @@ from utils.store import Store
 from utils.weights import load_network
 
 FEWEST = 10
+ACCURACY = "condition_accuracy"
+UNCONDITIONAL = Asked("none")
 FEW = 10_000  # below this many images FID is far from its value at 50,000
 
 
 def generated_images(
-    accelerator, config: DictConfig, weights, seed: int, chunks: list[list[int]], micro_batch: int | None, cost: Cost
-) -> Iterator[Tensor]:
+    accelerator, config: DictConfig, weights, seed: int, chunks: list[list[int]], micro_batch: int | None, cost: Cost,
+    cond: Conditions | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """This process's images, uint8 [b, C, H, W] at a time; no batch goes over the end of one of the chunks of indices.
 
     What is made is told to `cost`.
@@ -50,7 +57,7 @@ def generated_images(
     cost.start()
     with bar:
         for chunk in chunks:
-            for batch in generate_fitting(net, process, options, chunk, seed, micro_batch, dtype=dtype):
+            for batch in generate_fitting(net, process, options, chunk, seed, micro_batch, cond=cond, dtype=dtype):
                 bar.update(len(batch.indices))
                 cost.add(evaluations(config) * len(batch.indices))
                 yield batch.images
@@ -58,8 +65,10 @@ def generated_images(
 
 
 def evaluations(config: DictConfig) -> int:
-    """Of the network, for each image of a cell."""
-    return SAMPLERS[config.sample.sampler].evaluations(config.sample.skip_steps or config.diffusion.total_steps)
+    """Of the network, for each image of a cell; guidance takes two where one would do."""
+    branches = 2 if config.model.condition != "none" and config.sample.guidance_scale not in (0, 1) else 1
+    steps = config.sample.skip_steps or config.diffusion.total_steps
+    return branches * SAMPLERS[config.sample.sampler].evaluations(steps)
 
 
 def generative(options: DictConfig) -> list[str]:
@@ -81,6 +90,50 @@ def check_count(n: int, extractor: Extractor, reference: Reference, force: bool)
             )
     if n < FEW:
         say(f"note: scores of {n:,} images are not comparable with those of 50,000; they are reported as @{n}")
+
+
+def conditions_for(config: DictConfig, found: Reference | StoredReference, n: int) -> tuple[Asked, Tensor | None]:
+    """What images 0..n-1 are asked to show, and their classes: as in the reference, or each class in turn.
+
+    Raises:
+        InputError: a network of free texts, and a reference without texts.
+    """
+    classes = list(config.model.classes)
+    images = None if isinstance(found, StoredReference) else found.images
+    if config.model.condition == "none" or (images is not None and images.labels is not None):
+        return as_in_data(config, images, n)
+    if images is not None and images.captions is not None and not classes:
+        return as_in_data(config, images, n)
+    if not classes:
+        raise InputError(f"{found.name} has no texts for the images to show (image folders: metadata.jsonl)")
+    say(f"note: {found.name} has no labels, so the classes are asked for in turn, equally often")
+    return in_turn(config), torch.arange(n) % len(classes)
+
+
+def check_conditional(config: DictConfig, found, labels: Tensor | None, per_class: bool) -> None:
+    """Raise InputError for condition_accuracy or --per_class where it can't be had."""
+    if ACCURACY in config.evaluate.metrics:
+        if labels is None:
+            raise InputError(f"the metric {ACCURACY} needs --weights of a network that was trained on classes")
+        if config.evaluate.feature_extractor != classifier.NAME:
+            raise InputError(f"the metric {ACCURACY} needs --feature_extractor {classifier.NAME}")
+    labelled = not isinstance(found, StoredReference) and found.images.labels is not None
+    if per_class and (labels is None or not labelled):
+        raise InputError(
+            "--per_class needs --weights of a network that was trained on classes, and a labelled reference"
+        )
+
+
+def check_class_counts(labels: Tensor, extractor: Extractor, found: Reference) -> None:
+    """Raise InputError where a class has fewer images, made or real, than there are feature dimensions."""
+    dims = extractor.n_features(extractor([found.images[0][None]]))
+    for what, counted in (("images", labels), ("reference images", found.images.labels)):
+        counts = counted.bincount(minlength=len(found.images.classes))
+        if (fewest := int(counts.min())) < dims:
+            raise InputError(
+                f"--per_class: the class {found.images.classes[int(counts.argmin())]} has {fewest} {what}, fewer than "
+                f"the {dims} dimensions of {extractor.name}, so that FID has no meaning; --force scores all the same"
+            )
 
 
 def open_for_scores(
@@ -128,23 +181,32 @@ class Scorer:
     real_test: Features | None
     test_accuracy: float | None
     statistics: Statistics | None = None  # of a reference that was read from a file
+    asked: Asked = UNCONDITIONAL
+    labels: Tensor | None = None  # [n], the class that each image was asked for
+    per_class: bool = False
     floors: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, accelerator, config: DictConfig, found: Reference, n: int, images: ImageSet | None, force: bool
+        cls, accelerator, config: DictConfig, found: Reference, n: int, images: ImageSet | None, options=None
     ) -> Scorer:
         """Make the extractor (training the classifier if need be), extract the reference's features.
 
         config: the checkpoint's, or the one asked for where `images` are scored; n: how many images that will be.
-        force: go on where there are fewer images than feature dimensions.
+        options: the command line's, with force: go on where there are fewer images than feature dimensions; and
+            per_class.
 
         Raises:
             InputError: weights or counts that can't be used; told before features are extracted.
         """
-        cache = Path(config.evaluate.cache_dir)
+        cache, force = Path(config.evaluate.cache_dir), options is not None and options.force
+        per_class = options is not None and options.per_class
+        asked, labels = conditions_for(config, found, n) if images is None else (UNCONDITIONAL, None)
+        check_conditional(config, found, labels, per_class)
         extractor, accuracy = open_for_scores(accelerator, config.evaluate, found, generative(config.evaluate))
         check_count(n, extractor, found, force)
+        if per_class and not force:
+            check_class_counts(labels, extractor, found)
         has_floor = found.test is not None and len(found.test) >= FEWEST
         for_floor = [found.train, found.test] if has_floor else [None, None]
         stored = found if isinstance(found, StoredReference) else None
@@ -153,7 +215,14 @@ class Scorer:
             for images in (None if stored else found.images, *for_floor)
         )
         real, statistics = (stored.features, stored.statistics) if stored else (real, None)
-        return cls(accelerator, config, found, extractor, real, train, test, accuracy, statistics)
+        return cls(
+            accelerator, config, found, extractor, real, train, test, accuracy, statistics, asked, labels, per_class
+        )
+
+    @property
+    def cond(self) -> Conditions:
+        """Indices -> their conditions."""
+        return partial(cond_of, self.asked, self.config.model.text_length)
 
     def features(self, batches: Iterable[Tensor]) -> Features:
         """Features of all processes' images, in the order of their indices. A collective."""
@@ -172,14 +241,14 @@ class Scorer:
         accelerator, n, began = self.accelerator, protocol["n"], time.monotonic()
         if root is None:
             mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
-            batches = generated_images(accelerator, cell, weights, seed, [mine], micro_batch, cost)
+            batches = generated_images(accelerator, cell, weights, seed, [mine], micro_batch, cost, self.cond)
             return self.features(batches), time.monotonic() - began
         chunk = micro_batch or FIRST.get(accelerator.device.type, 128)
         store = Store(Path(root), protocol["source"], self.extractor, n, chunk)
 
         def make(chunks: list[list[int]]) -> Iterator[Tensor]:
             cost.skip(evaluations(cell) * (n - sum(map(len, chunks)) * accelerator.num_processes))
-            batches = generated_images(accelerator, cell, weights, seed, chunks, micro_batch, cost)
+            batches = generated_images(accelerator, cell, weights, seed, chunks, micro_batch, cost, self.cond)
             for indices in chunks:
                 parts: list[Tensor] = []
                 while sum(map(len, parts)) < len(indices):
@@ -193,10 +262,28 @@ class Scorer:
     def scores(self, generated: Features) -> dict[str, float]:
         """The metrics asked for, of what was generated against the reference."""
         options = self.config.evaluate
-        return scores(
+        found = scores(
             *(generative(options), self.extractor, generated, self.real, options.kid_subset_size, self.statistics),
             cache_dir=Path(options.cache_dir),
         )
+        if ACCURACY in options.metrics:
+            predicted = generated[self.extractor.layers[ACCURACY]].argmax(1)
+            found[ACCURACY] = (predicted == self.labels).float().mean().item()
+        return found
+
+    def class_scores(self, generated: Features) -> dict[str, dict[str, float]]:
+        """{class: FID, KID, precision and recall, as asked for, of its images against the real ones of that class}."""
+        options, found = self.config.evaluate, {}
+        metrics = [metric for metric in generative(options) if metric in ("fid", "kid", "prc")]
+        for i, name in enumerate(self.config.model.classes):
+            made = {layer: value[self.labels == i] for layer, value in generated.items()}
+            real = {layer: value[self.reference.images.labels == i] for layer, value in self.real.items()}
+            values = scores(metrics, self.extractor, made, real, options.kid_subset_size)
+            if ACCURACY in options.metrics:
+                predicted = made[self.extractor.layers[ACCURACY]].argmax(1)
+                values[ACCURACY] = (predicted == i).float().mean().item()
+            found[name] = values
+        return found
 
     def floor(self, n: int) -> dict[str, Any]:
         """The score of real training images, as many as were generated, against the test split; None without one."""
@@ -225,6 +312,7 @@ class Scorer:
         origin = f"{weights.origin} ({weights.kind}), seed {seed}"
         sample = config.sample
         eta = f", eta {sample.eta:g}" if sample.eta else ""
+        eta += f", guidance {sample.guidance_scale:g}" if self.asked.entries else ""
         steps = sample.skip_steps or config.diffusion.total_steps
         return f"{sample.sampler}, {steps} {sample.skip_type} steps{eta}; {origin}"
 
@@ -233,7 +321,7 @@ class Scorer:
         evaluate = config.evaluate
         if weights is not None:
             name = precision.mixed_precision(config.sample.mixed_precision)
-            source = sampling_identity(weights, config, build_process(config.diffusion), seed, name)
+            source = sampling_identity(weights, config, build_process(config.diffusion), seed, name, self.asked)
         else:
             source = {"images_sha256": images.content_hash()}
         return {
@@ -246,11 +334,13 @@ class Scorer:
             "extractor_weights_sha256": self.extractor.weights_sha256,
             "metrics": generative(evaluate),
             "kid_subset_size": evaluate.kid_subset_size,
+            **({"per_class": True} if self.per_class else {}),
         }
 
     def row(
-        self, config: DictConfig, weights, options, seed: int, protocol: dict, values: dict, seconds: float | None
-    ) -> dict[str, Any]:
+        self, config: DictConfig, weights, options, seed: int, protocol: dict, values: dict, seconds: float | None,
+        per_class: dict[str, dict[str, float]] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """A row of the results: `values`, the scores, with all that belongs to them."""
         total = config.diffusion.total_steps
         steps = config.sample.skip_steps or total
@@ -261,6 +351,7 @@ class Scorer:
             "extractor": self.extractor.name,
             "n": protocol["n"],
             "scores": values,
+            **({"per_class": per_class} if per_class else {}),
             **self.floor(protocol["n"]),
             "seconds_per_image": seconds / protocol["n"] if seconds else None,
             **({"evaluations": evaluations(config), "steps": steps, "total_steps": total} if weights else {}),

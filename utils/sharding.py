@@ -16,7 +16,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from models.conditioning import CrossAttention, TextBlock
 from models.layers import Attention, ResBlock
+
+BLOCKS = (ResBlock, Attention, CrossAttention, TextBlock)
+NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
 class Sharding:
@@ -43,7 +47,7 @@ class Sharding:
         for whole in (net, ema_net):
             for module in (*_blocks(whole), whole):
                 if policy.param_dtype is not None:
-                    fully_shard([child for child in module.children() if isinstance(child, nn.GroupNorm)], mesh=mesh)
+                    fully_shard([child for child in module.children() if isinstance(child, NORMS)], mesh=mesh)
                 fully_shard(module, mesh=mesh, mp_policy=policy)
 
     def start_device(self) -> torch.device:
@@ -85,7 +89,7 @@ class Sharding:
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:
-    return [module for module in net.modules() if isinstance(module, (ResBlock, Attention))]
+    return [module for module in net.modules() if isinstance(module, BLOCKS)]
 
 
 def plain(value: Tensor) -> Tensor:

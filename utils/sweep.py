@@ -18,6 +18,7 @@ AXES = {  # option -> the key that it sweeps over
     "skip_types": "sample.skip_type",
     "skip_steps": "sample.skip_steps",
     "etas": "sample.eta",
+    "guidance_scales": "sample.guidance_scale",
 }
 
 
@@ -27,7 +28,7 @@ def check_axes(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         if getattr(options, name) and dotted in overrides:
             raise InputError(f"--{name} and --{dotted} are the same option: give one of them")
     of_weights = ["n_samples"] * ("evaluate.n_samples" in overrides) + ["repeats"] * (options.repeats > 1)
-    of_weights += [name for name in ("store", *AXES) if getattr(options, name)]
+    of_weights += [name for name in ("store", "per_class", *AXES) if getattr(options, name)]
     if options.images and of_weights:
         raise InputError(f"--{of_weights[0]} goes with --weights: a folder is scored as it is")
 
@@ -69,7 +70,7 @@ def repeat(
     words = ["--reference", options.reference, "--seed", str(seed)]
     given = {name: getattr(options, name) for name in ("config", "weights", "images", "load_ema", "micro_batch")}
     words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    words += ["--force"] * options.force
+    words += ["--force"] * options.force + ["--per_class"] * options.per_class
     keys = dict(data_keys) | {f"evaluate.{name}": value for name, value in cell.evaluate.items()}
     keys["evaluate.metrics"] = f"[{','.join(row['protocol']['metrics'])}]"
     if options.weights is not None:

@@ -34,7 +34,7 @@ class TrainingScore:
         config.data.root = reference if is_folder else config.data.root
         self.n, self.options = config.train.n_evaluate, config.sample
         found = open_for(accelerator, config, reference, None, {})
-        self.scorer = Scorer.open(accelerator, config, found, self.n, None, force=False)
+        self.scorer = Scorer.open(accelerator, config, found, self.n, None)
 
     def __call__(
         self, step: int, net: nn.Module, process: GaussianDiffusion, micro_batch: int, dtype
@@ -42,7 +42,7 @@ class TrainingScore:
         """{"fid[dataset-classifier]@N": value}, the same on every process. A collective. Updates `best`."""
         accelerator = self.scorer.accelerator
         mine = share(self.n, accelerator.process_index, accelerator.num_processes)
-        batches = generate(net, process, self.options, mine, SEED, micro_batch, dtype=dtype)
+        batches = generate(net, process, self.options, mine, SEED, micro_batch, self.scorer.cond, dtype)
         found = self.scorer.features(batch.images for batch in batches)
         value = None
         if accelerator.is_main_process:

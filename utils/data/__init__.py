@@ -69,4 +69,6 @@ def join(sets: dict[str, ImageSet], split: str) -> ImageSet:
     images = torch.cat([torch.stack([part[i] for i in range(len(part))]) for part in parts])
     labelled = all(part.labels is not None for part in parts)
     labels = torch.cat([part.labels for part in parts]) if labelled else None
-    return ImageSet(parts[0].name.split(":")[0] + ":all", images, labels, parts[0].classes)
+    texts = [text for part in parts for text in part.captions or ()]
+    captions = texts if len(texts) == len(images) else None
+    return ImageSet(parts[0].name.split(":")[0] + ":all", images, labels, parts[0].classes, captions)

@@ -51,12 +51,14 @@ def draw_timesteps(seed: int, positions: Tensor, total_steps: int, t_sampling: s
     return torch.where(positions % 2 == 0, t, total_steps - 1 - t)
 
 
-def held_out(images: ImageSet | None, n: int) -> Tensor | None:
-    """uint8 [at most n, C, H, W], evenly spaced over the set (so over its classes); None where there is no set."""
+def held_out(images: ImageSet | None, n: int) -> ImageSet | None:
+    """At most n of a set, decoded, evenly spaced over it (so over its classes); None where there is no set."""
     if images is None:
         return None
-    n = min(n, len(images))
-    return torch.stack([images[i * len(images) // n] for i in range(n)])
+    rows = torch.arange(min(n, len(images))) * len(images) // min(n, len(images))
+    chosen = images.subset(rows, images.name)
+    pixels = torch.stack([chosen[i] for i in range(len(chosen))])
+    return ImageSet(images.name, pixels, chosen.labels, chosen.classes, chosen.captions)
 
 
 class Batches:
@@ -90,6 +92,13 @@ class Batches:
         self.random_flip, self.device, self.num_workers = random_flip, torch.device(device), num_workers
         cached = cache == "true" or (cache == "auto" and images.n_bytes() <= CACHE_BYTES)
         self.cached = decode_all(images, num_workers).to(self.device) if cached else None
+
+    @classmethod
+    def of(cls, config, images: ImageSet, rank: int, world: int, device) -> Batches:
+        """As the configuration says."""
+        data = config.data
+        more = {"random_flip": data.random_flip, "cache": data.cache, "num_workers": data.num_workers}
+        return cls(images, config.seed, config.train.batch_size, rank, world, device=device, **more)
 
     def positions(self, step: int) -> Tensor:
         """[share] int64: this process's examples of the global batch of `step` (0 is the first)."""

@@ -20,13 +20,15 @@ class EncodedSet(ImageSet):
         ids: int64 [N], which ones; None for all in order.
         labels: int64 [N], or None.
         prepare: (uint8 [C, H, W], size) -> [C, size, size], the data set's own way to cut and resize.
+        captions: a text for each of them (None: none for that one), or None.
     """
 
     def __init__(
         self, name: str, source: Source, size: int, channels: int, ids: Tensor | None = None,
         labels: Tensor | None = None, classes: Sequence[str] = (), prepare: Callable[[Tensor, int], Tensor] = fit,
+        captions: Sequence[str | None] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, None, labels, classes)
+        super().__init__(name, None, labels, classes, captions)
         self.source, self.size, self.channels, self.prepare = source, size, channels, prepare
         self.ids = torch.arange(len(source)) if ids is None else ids
 
@@ -40,8 +42,9 @@ class EncodedSet(ImageSet):
     def subset(self, indices: Tensor, name: str) -> EncodedSet:
         labels = None if self.labels is None else self.labels[indices]
         return EncodedSet(
-            name, self.source, self.size, self.channels, self.ids[indices], labels, self.classes, self.prepare
-        )
+            name, self.source, self.size, self.channels, self.ids[indices], labels, self.classes, self.prepare,
+            self.captions_of(indices),
+        )  # fmt: skip
 
     def n_bytes(self) -> int:
         return len(self) * self.channels * self.size**2

@@ -17,7 +17,8 @@ SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 
 
 def load_huggingface(options) -> dict[str, ImageSet]:
-    """{"train": ..., maybe "test": ...}; the first column of images, and of class labels where there is one.
+    """{"train": ..., maybe "test": ...}; the first column of images, of class labels where there is one,
+    and the texts of a column named text or caption.
 
     Raises:
         InputError: the package or the data set is missing, or it holds no images.
@@ -80,7 +81,9 @@ def _image_set(table: Any, name: str, options, local: bool) -> EncodedSet:
     label = next((column for column, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
     labels = None if label is None else torch.tensor(table[label][:], dtype=torch.int64)
     classes = [] if label is None else table.features[label].names
+    text = next((name for name in ("text", "caption") if name in table.features), None)
+    captions = None if text is None else [value if isinstance(value, str) else None for value in table[text][:]]
     return EncodedSet(
         name, Table(table, column, str(options.root), not local), options.image_size, options.channels,
-        labels=labels, classes=classes,
+        labels=labels, classes=classes, captions=captions,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from utils.data.decode import SUFFIXES, image_header
 from utils.data.encoded_set import EncodedSet
 from utils.data.image_set import ImageSet
+from utils.data.metadata import texts_of
 from utils.data.sources import Files, Source, Zip
 from utils.errors import InputError
 
@@ -44,26 +45,28 @@ def open_images(root: Path) -> tuple[Source, list[Place]]:
 
 def labelled(
     source: Source, places: Sequence[Place], ids: Sequence[int], size: int, channels: int, name: str, where: str,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] = (), texts: Sequence[str | None] | None = None,
 ) -> EncodedSet:  # fmt: skip
     """The images `ids`; classes are the first folders of their places where every image lies in one.
 
     Given `classes` (those of the training images), labels count in them, and another class is an error.
     """
     first = [place[0] if place else None for place in places]
+    captions = None if texts is None else [texts[i] for i in ids]
     if None in first or len(set(first) | set(classes)) < 2:
-        return EncodedSet(name, source, size, channels, torch.tensor(ids))
+        return EncodedSet(name, source, size, channels, torch.tensor(ids), captions=captions)
     classes = list(classes) or sorted(set(first))
     if unknown := set(first) - set(classes):
         raise InputError(f"{where}: the class {min(unknown)} has no training images")
     labels = torch.tensor([classes.index(part) for part in first])
-    return EncodedSet(name, source, size, channels, torch.tensor(ids), labels, classes)
+    return EncodedSet(name, source, size, channels, torch.tensor(ids), labels, classes, captions=captions)
 
 
 def load_folder(root: Path, size: int, channels: int, name: str) -> EncodedSet:
     """All images below one folder."""
     source, places = open_images(root)
-    return labelled(source, places, range(len(source)), size, channels, name, f"image folder {root}")
+    where, texts = f"image folder {root}", texts_of(root, source)
+    return labelled(source, places, range(len(source)), size, channels, name, where, texts=texts)
 
 
 def load_image_folder(options) -> dict[str, ImageSet]:
@@ -71,10 +74,11 @@ def load_image_folder(options) -> dict[str, ImageSet]:
     root = Path(options.root)
     source, places = open_images(root)
     size, channels, name = options.image_size, options.channels, root.resolve().stem
+    texts = texts_of(root, source)
     children = sorted({place[0] for place in places if place})
     if "train" not in children or len(children) < 2 or not all(child in SPLITS for child in children):
         where = f"image folder {root}"
-        return {"train": labelled(source, places, range(len(source)), size, channels, name, where)}
+        return {"train": labelled(source, places, range(len(source)), size, channels, name, where, texts=texts)}
     if len(children) > 2 or () in places:
         held = [*children, "loose images"] if () in places else children
         raise InputError(
@@ -85,7 +89,7 @@ def load_image_folder(options) -> dict[str, ImageSet]:
         ids = [i for i, place in enumerate(places) if place[0] == child]
         inside, classes = [places[i][1:] for i in ids], sets["train"].classes if sets else ()
         where = f"image folder {root / child}"
-        sets[SPLITS[child]] = labelled(source, inside, ids, size, channels, name, where, classes)
+        sets[SPLITS[child]] = labelled(source, inside, ids, size, channels, name, where, classes, texts)
     return sets
 
 

@@ -18,10 +18,15 @@ class ImageSet:
         images: uint8 [N, C, H, W], or None where they are read one by one (see `encoded_set.EncodedSet`).
         labels: int64 [N], or None.
         classes: names of the classes; empty without labels.
+        captions: a text for each image (None: none for that one), or None.
     """
 
-    def __init__(self, name: str, images: Tensor | None, labels: Tensor | None, classes: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, images: Tensor | None, labels: Tensor | None, classes: Sequence[str],
+        captions: Sequence[str | None] | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.images, self.labels, self.classes = name, images, labels, list(classes)
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.images)
@@ -33,7 +38,11 @@ class ImageSet:
     def subset(self, indices: Tensor, name: str) -> ImageSet:
         """The images `indices` [n], in that order, under another name."""
         labels = None if self.labels is None else self.labels[indices]
-        return ImageSet(name, self.images[indices], labels, self.classes)
+        return ImageSet(name, self.images[indices], labels, self.classes, self.captions_of(indices))
+
+    def captions_of(self, indices: Tensor) -> list[str | None] | None:
+        """The texts of the images `indices` [n]; None where the set has none."""
+        return None if self.captions is None else [self.captions[i] for i in indices.tolist()]
 
     def n_bytes(self) -> int:
         """Size of the decoded images [bytes]."""

@@ -1,0 +1,195 @@
+"""What the network is told about each training image: its class, or one of its captions; sometimes nothing.
+
+Which caption, and whether the condition is dropped, are counter-based functions of (seed, position), as all else that
+training draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache, partial
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from diffusions.noise import permutation, randint, random_words
+from models.conditioning import tokenize
+from utils.captions import Asked, captions_of, templates
+from utils.config import set_key
+from utils.data.image_set import ImageSet
+from utils.errors import InputError
+
+DRAW_CAPTION, DRAW_DROP = 3, 4  # beside those of utils/data/batches.py
+SEED_AS_IN_DATA = 0x1ABE1  # the labels of image i of an evaluation are the same for every sampling seed
+
+
+def settle(config: DictConfig, images: ImageSet) -> None:
+    """Fill in model.classes, and data.captions for text, from the training images.
+
+    Raises:
+        InputError: images without labels or texts, classes other than those that the configuration names, or texts
+            that are too long.
+    """
+    model, data = config.model, config.data
+    if model.condition == "none":
+        return
+    own_texts = model.condition == "text" and data.captions is None and images.captions is not None
+    if own_texts:
+        _check_texts(images, model.text_length)
+        return
+    if images.labels is None or not images.classes:
+        texts = " and no texts (image folders: metadata.jsonl)" if model.condition == "text" else ""
+        raise InputError(
+            f"model.condition = {model.condition} needs labels, and {images.name} has none{texts}; "
+            "in image folders the first level of folders is the class"
+        )
+    if model.classes and list(model.classes) != images.classes:
+        raise InputError(
+            f"model.classes = {list(model.classes)[:8]}... are not those of {images.name}: {images.classes[:8]}..."
+        )
+    set_key(config, "model.classes", list(images.classes), f"the classes of {images.name}")
+    if model.condition == "text":
+        OmegaConf.update(config, "data.captions", templates(config), merge=False)
+        Captions(config, images).tokens()
+
+
+def _check_texts(images: ImageSet, length: int) -> None:
+    for i, text in enumerate(images.captions):
+        if text is None or not text.strip():
+            raise InputError(f"model.condition = text: image {i} of {images.name} has no text")
+        if len(text.casefold().encode()) > length - 1:
+            raise InputError(
+                f"model.text_length = {length}: the text of image {i} of {images.name} has "
+                f"{len(text.casefold().encode())} bytes, so wanted at least {len(text.casefold().encode()) + 1}"
+            )
+
+
+class Captions:
+    """The texts of a set's images: each image's own, or those of its class but for the ones held out."""
+
+    def __init__(self, config: DictConfig, images: ImageSet) -> None:
+        self.length = config.model.text_length
+        self.labels = None
+        if config.model.classes:
+            held_out = {text.casefold() for text in config.data.captions_held_out}
+            every = [captions_of(name, templates(config)) for name in config.model.classes]
+            if unknown := held_out - {text for texts in every for text in texts}:
+                raise InputError(f"data.captions_held_out: {min(unknown)!r} is no caption of any class")
+            self.texts = [[text for text in texts if text not in held_out] for texts in every]
+            self.labels = images.labels
+            for name, texts in zip(config.model.classes, self.texts):
+                if not texts:
+                    raise InputError(f"data.captions_held_out leaves no caption for the class {name}")
+        else:
+            self.texts = [[text] for text in images.captions]
+
+    def tokens(self) -> list[Tensor]:
+        """Of each class, or image: [captions, length]. Raises InputError where one is too long."""
+        try:
+            return [tokenize(texts, self.length) for texts in self.texts]
+        except ValueError as error:
+            raise InputError(f"model.text_length = {self.length}: {error}") from None
+
+
+class Conditions:
+    """The `cond` of images of a set, as tensors on a device; empty for an unconditional network."""
+
+    def __init__(self, config: DictConfig, images: ImageSet | None, device) -> None:
+        """Of a configuration that is settled, for a set of images or for none at all.
+
+        Raises:
+            InputError: the images have no such condition.
+        """
+        self.kind, self.device = config.model.condition if images is not None else "none", device
+        if self.kind == "none":
+            self.shown = lambda indices: None
+            return
+        self.n_classes, self.labels = len(config.model.classes), images.labels
+        if self.n_classes and (images.labels is None or images.classes != config.model.classes):
+            raise InputError(f"{images.name} does not have the classes that the network knows")
+        if self.kind == "text":
+            if not self.n_classes and images.captions is None:
+                raise InputError(f"{images.name} has no texts (image folders: metadata.jsonl)")
+            self.captions = Captions(config, images)
+            self.row = lru_cache(2**16)(lambda text: tokenize([text], config.model.text_length)[0])
+        self.shown = partial(cond_of, shown_in_preview(config, images), config.model.text_length)
+
+    @classmethod
+    def settled(cls, config: DictConfig, images: ImageSet, device) -> Conditions:
+        """Of the training images, from which the configuration takes what it does not say (`settle`)."""
+        settle(config, images)
+        return cls(config, images, device)
+
+    def of(self, seed: int, positions: Tensor, ids: Tensor, dropout: float = 0.0) -> dict[str, Tensor]:
+        """The conditions of images `ids` [b] that stand at `positions` [b] of the stream; some are left out.
+
+        dropout: the probability of that.
+        """
+        if self.kind == "none":
+            return {}
+        ids, positions = ids.cpu(), positions.cpu()
+        drop = random_words(seed, positions, DRAW_DROP, 1)[:, 0] < dropout * 2**32
+        if self.kind == "class":
+            return {"label": self.labels[ids].masked_fill(drop, self.n_classes).to(self.device)}
+        texts = zip(self.texts(seed, positions, ids), drop.tolist())
+        return {"tokens": torch.stack([self.row("" if dropped else text) for text, dropped in texts]).to(self.device)}
+
+    def texts(self, seed: int, positions: Tensor, ids: Tensor) -> list[str]:
+        """One caption of each image."""
+        keys = ids if self.captions.labels is None else self.captions.labels[ids]
+        words = randint(seed, positions, DRAW_CAPTION, 2**31)
+        choices = [self.captions.texts[key] for key in keys.tolist()]
+        return [texts[word * len(texts) >> 31] for texts, word in zip(choices, words.tolist())]
+
+
+def as_in_data(config: DictConfig, images: ImageSet, n: int) -> tuple[Asked, Tensor | None]:
+    """Conditions for images 0..n-1 distributed as those of a data set, and the class of each [n] where there are any.
+
+    Images are taken in a random order, without repetition until all were taken; entry i does not depend on n.
+    """
+    kind = config.model.condition
+    if kind == "none":
+        return Asked(kind), None
+    conditions = Conditions(config, images, "cpu")
+    order, seen = [], 0
+    while seen < n:
+        order += permutation(SEED_AS_IN_DATA, len(images), seen // len(images)).tolist()
+        seen += len(images)
+
+    ids, positions = torch.tensor(order[:n]), torch.arange(n)
+    labels = None if images.labels is None or not conditions.n_classes else images.labels[ids]
+    if kind == "class":
+        entries = tuple(labels.tolist())
+        return Asked(kind, entries, tuple(config.model.classes[i] for i in entries)), labels
+    texts = tuple(conditions.texts(SEED_AS_IN_DATA, positions, ids))
+    return Asked(kind, texts, texts), labels
+
+
+def in_turn(config: DictConfig) -> Asked:
+    """Every class that the network knows, by its name where it reads text."""
+    kind, classes = config.model.condition, list(config.model.classes)
+    if kind == "class":
+        return Asked(kind, tuple(range(len(classes))), tuple(classes))
+    texts = tuple(captions_of(name, templates(config))[0] for name in classes)
+    return Asked(kind, texts, texts)
+
+
+def shown_in_preview(config: DictConfig, images: ImageSet) -> Asked:
+    """The classes in turn; evenly spaced texts where images have their own."""
+    if config.model.classes:
+        return in_turn(config)
+    n = min(config.train.n_samples, len(images))
+    texts = tuple(images.captions[i * len(images) // n] for i in range(n))
+    return Asked(config.model.condition, texts, texts)
+
+
+def cond_of(asked: Asked, text_length: int, indices: Iterable[int]) -> dict[str, Tensor] | None:
+    """What `generate` needs of what was asked for, one row for each of the indices; None: no condition."""
+
+    if not asked.entries:
+        return None
+    chosen = [asked.entries[int(i) % len(asked.entries)] for i in indices]
+    if asked.kind == "class":
+        return {"label": torch.tensor(chosen, dtype=torch.int64)}
+    return {"tokens": tokenize(chosen, text_length)}
