@@ -226,7 +226,7 @@ class KeyInfo:
         if self.choices:
             words = ("list of " if self.is_list else "one of ") + ", ".join(self.choices)
         elif self.is_list:
-            words = f"list of {typing.get_args(self._inner)[0].__name__}"
+            words = f"list of {self.element.__name__.replace('str', 'text')}"
         else:
             words = {"str": "text"}.get(self._inner.__name__, self._inner.__name__)
         return words + (" or null" if self.optional else "")
@@ -315,8 +315,11 @@ def _typed(info: KeyInfo, value: Any) -> Any:
         return _scalar(info, value)
     if isinstance(value, str):  # [1,2,2]; entries keep their text
         text = value.strip()
-        if not (text.startswith("[") and text.endswith("]")):
+        if info.element is str and not text.startswith("["):
+            value = [text]  # one text need not be written as a list
+        elif not (text.startswith("[") and text.endswith("]")):
             raise ValueError
+    if isinstance(value, str):
         value = [item.strip().strip("'\"") for item in text[1:-1].split(",")] if text[1:-1].strip() else []
     if not isinstance(value, list):
         raise ValueError

@@ -238,17 +238,18 @@ def captioned_overview(job: Job, paths: list[Path]) -> Tensor:
         return captioned_grid(list(zip(*columns)), names, [f"scale {scale:g}" for scale in options.guidance_scales])
     if options.mode == "sample":
         shown = [read_png(path) for path in paths[:64]]
-        width = max(1, round(len(shown) ** 0.5))
+        in_turn = len(job.asked.entries)  # a column each, where that gives a grid of a good shape
+        width = in_turn if 5 <= in_turn <= 12 else max(1, round(len(shown) ** 0.5))
         starts = range(0, len(shown), width)
         rows = [shown[i : i + width] for i in starts]
         return captioned_grid(rows, [[name(i + j) for j in range(len(row))] for i, row in zip(starts, rows)])
     if options.corners:
         names = [" | ".join(name(4 * i + j) for j in range(4)) for i in range(len(paths[:4]))]
-        return captioned_grid([[read_png(path)] for path in paths[:4]], [[text] for text in names])
+        return captioned_grid([[enlarge(read_png(path))] for path in paths[:4]], [[text] for text in names])
     strips = [read_png(path) for path in paths[:16]]
     rows = [strip.chunk(strip.shape[-1] // strip.shape[-2], dim=-1) for strip in strips]
     pairs = options.mode == "interpolate"
-    titles = [f"{name(2 * i)} → {name(2 * i + 1)}" if pairs else name(i) for i in range(len(rows))]
+    titles = [f"{name(2 * i)} to {name(2 * i + 1)}" if pairs else name(i) for i in range(len(rows))]
     return captioned_grid(rows, beside=titles)
 
 
