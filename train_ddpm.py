@@ -103,7 +103,7 @@ def train(run) -> int:
 
     start, share = state["step"], opts.batch_size // world
     log = RunLog(accelerator, run.folder, start, n_steps)
-    banner(log, run, net, process, batches, valid, resolved, start, n_steps)
+    banner(log, run, net, process, batches, conditions, valid, resolved, start, n_steps)
     if start >= n_steps:
         log.close()
         return 0

@@ -15,8 +15,8 @@ def build_model(options, image_size: int, channels: int, learn_variance: bool = 
 
     Args:
         options: has name, dim, dim_mults, attn_resolutions, num_res_blocks, n_heads, norm_groups, dropout,
-            and what it is conditioned on: condition, adaptive_norm and, as `conditioning.build_condition` needs them,
-            classes, cross_attn_resolutions, text_dim, text_layers and text_length.
+            and may have condition, adaptive_norm and cross_attn_resolutions, with what `conditioning.build_condition`
+            reads.
         image_size: height and width of the images [pixels].
         channels: channels of the images; the output has twice as many where the variance is learned.
 
@@ -36,7 +36,7 @@ def build_model(options, image_size: int, channels: int, learn_variance: bool = 
         n_heads=options.n_heads,
         norm_groups=options.norm_groups,
         dropout=options.dropout,
-        adaptive_norm=options.adaptive_norm,
+        adaptive_norm=getattr(options, "adaptive_norm", False),
         condition=partial(build_condition, options),
-        cross_attn_resolutions=tuple(options.cross_attn_resolutions),
+        cross_attn_resolutions=tuple(getattr(options, "cross_attn_resolutions", ())),
     )

@@ -144,15 +144,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
 def build_condition(options, c_time: int) -> nn.Module | None:
     """The condition that `options` (the config's model section) describes; None where there is none.
 
+    A class needs `classes`, a text text_dim, text_layers and text_length.
+
     Raises:
         ValueError: an unknown kind of condition, or one of classes without any.
     """
-    if options.condition == "none":
+    kind = getattr(options, "condition", "none")
+    if kind == "none":
         return None
-    if options.condition == "class":
+    if kind == "class":
         if not options.classes:
             raise ValueError("model.condition = class needs model.classes, the names of the classes")
         return ClassCondition(len(options.classes), c_time)
-    if options.condition == "text":
+    if kind == "text":
         return TextCondition(options.text_dim, options.text_layers, options.text_length, c_time)
-    raise ValueError(f"unknown condition {options.condition!r}; the conditions are none, class, text")
+    raise ValueError(f"unknown condition {kind!r}; the conditions are none, class, text")

@@ -200,7 +200,9 @@ def draw_curves(run: Path) -> None:
     write_atomically(run / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
-def banner(log: RunLog, run, net, process, batches, held_out, resolved: dict, start: int, n_steps: int) -> None:
+def banner(
+    log: RunLog, run, net, process, batches, conditions, held_out, resolved: dict, start: int, n_steps: int
+) -> None:
     """What is about to happen, and when it ends."""
     cfg, opts, n = run.config, run.config.train, len(batches)
     device, switches = log.accelerator.device.type, [name for name in ("compile", "deterministic") if resolved[name]]
@@ -221,6 +223,8 @@ def banner(log: RunLog, run, net, process, batches, held_out, resolved: dict, st
         "every": f"{opts.save_every:,} steps a checkpoint, {opts.sample_every:,} a preview, "
         f"{opts.valid_every:,} a validation, and at the end",
     }
+    if net.condition is not None:
+        lines["condition"] = f"{conditions.describe()}, {opts.condition_dropout:.0%} dropped"
     if warning := signal_left(process):
         lines["warning"] = warning
     if start >= n_steps:

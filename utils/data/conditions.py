@@ -121,6 +121,14 @@ class Conditions:
         settle(config, images)
         return cls(config, images, device)
 
+    def describe(self) -> str:
+        """One line for a person."""
+        if self.kind == "class":
+            return f"{self.n_classes} classes"
+        if not self.n_classes:
+            return f"a text for each of {len(self.captions.texts):,} images"
+        return f"texts of {self.n_classes} classes, {sum(map(len, self.captions.texts))} captions"
+
     def of(self, seed: int, positions: Tensor, ids: Tensor, dropout: float = 0.0) -> dict[str, Tensor]:
         """The conditions of images `ids` [b] that stand at `positions` [b] of the stream; some are left out.
 
