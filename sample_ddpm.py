@@ -67,13 +67,12 @@ def main(argv: list[str]) -> int:
     keys = {name: value for _, layer in asked for name, value in layer.items()}
     notes = modes.adapt(weights.config, options, keys)
     constraints.check(weights.config, training=False)
-    asked_for = read_conditions(options, weights.config, keys)
     if options.print_config:
         cli.show(config.to_yaml(weights.config))
         return 0
     if options.show_grid and is_main_process():
         print_grids(options, weights.config)
-    return 0 if look_only else sample(options, weights, keys, notes, asked_for)
+    return 0 if look_only else sample(options, weights, keys, notes)
 
 
 def print_grids(options, cfg) -> None:
@@ -85,13 +84,15 @@ def print_grids(options, cfg) -> None:
         print(f"{S} {cfg.sample.skip_type} steps of {len(alpha_bar)}:\n{time_grid(alpha_bar, cfg.sample.skip_type, S)}")
 
 
-def sample(options, weights, keys, notes, asked_for) -> int:
+def sample(options, weights, keys, notes) -> int:
     """Make the pictures that are missing in the folder, split over processes, then draw the overview."""
+    asked_for = read_conditions(options, weights.config, keys)
     from tqdm import tqdm
 
     from utils import distributed, precision
     from utils.images import PngWriter, write_png
-    from utils.pictures import PICTURES, Job, overview, write_animation, write_errors
+    from utils.overview import overview, write_animation, write_errors
+    from utils.pictures import PICTURES, Job
     from utils.protocol import circumstances
     from utils.sample_folder import check_folder, missing, sample_paths, start_folder
     from utils.weights import load_network

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.captioned import captioned_grid
 from utils.errors import InputError
 from utils.images import PngWriter, enlarge, file_name, grid, read_png, strip, write_png
 from utils.sample_folder import check_folder, missing, sample_paths, start_folder
@@ -199,3 +200,17 @@ def test_a_process_killed_before_its_protocol_was_whole_can_start_again(tmp_path
     check_folder(tmp_path, IDENTITY)
     start_folder(tmp_path, IDENTITY, {})
     assert {path.name for path in tmp_path.iterdir()} == {"protocol.json"}
+
+
+def test_captions_stand_under_their_images_and_titles_beside_their_rows():
+    image = torch.full((1, 8, 8), 128, dtype=torch.uint8)
+    plain = captioned_grid([[image] * 3] * 2)
+    assert plain.shape == (1, 4 + 2 * 68, 4 + 3 * 68) and (plain == 128).sum() == 6 * 64 * 64
+    texts = [["seven", "a very long caption that can not fit", ""], ["", "", "x"]]
+    below = captioned_grid([[image] * 3] * 2, texts)
+    assert below.shape[1] == plain.shape[1] + 2 * 15 + 15 and (below == 128).sum() >= 6 * 64 * 64
+    dark = lambda picture, x, y: bool((picture[0, y : y + 30, x : x + 64] < 100).any())
+    assert dark(below, 4, 68) and dark(below, 72, 68) and not dark(below, 140, 68)
+    beside = captioned_grid([[image] * 3] * 2, beside=["scale 0", "scale 1"])
+    assert beside.shape[1] == plain.shape[1] and beside.shape[2] > plain.shape[2] + 20
+    assert captioned_grid([[image.expand(3, -1, -1)]], [["x"]]).shape[0] == 3

@@ -100,13 +100,14 @@ def conditions_for(config: DictConfig, found: Reference | StoredReference, n: in
     """
     classes = list(config.model.classes)
     images = None if isinstance(found, StoredReference) else found.images
-    if config.model.condition == "none" or (images is not None and images.labels is not None):
-        return as_in_data(config, images, n)
-    if images is not None and images.captions is not None and not classes:
+    if config.model.condition == "none":
+        return UNCONDITIONAL, None
+    has = None if images is None else images.labels if classes else images.captions
+    if has is not None and (not classes or images.classes == classes):
         return as_in_data(config, images, n)
     if not classes:
         raise InputError(f"{found.name} has no texts for the images to show (image folders: metadata.jsonl)")
-    say(f"note: {found.name} has no labels, so the classes are asked for in turn, equally often")
+    say(f"note: {found.name} does not have the network's classes as labels, so each is asked for equally often")
     return in_turn(config), torch.arange(n) % len(classes)
 
 
@@ -117,7 +118,10 @@ def check_conditional(config: DictConfig, found, labels: Tensor | None, per_clas
             raise InputError(f"the metric {ACCURACY} needs --weights of a network that was trained on classes")
         if config.evaluate.feature_extractor != classifier.NAME:
             raise InputError(f"the metric {ACCURACY} needs --feature_extractor {classifier.NAME}")
-    labelled = not isinstance(found, StoredReference) and found.images.labels is not None
+    known = None if isinstance(found, StoredReference) else found.images.classes
+    labelled = known == list(config.model.classes)
+    if ACCURACY in config.evaluate.metrics and known and not labelled:
+        raise InputError(f"the metric {ACCURACY} needs a reference with the network's classes; {found.name} has others")
     if per_class and (labels is None or not labelled):
         raise InputError(
             "--per_class needs --weights of a network that was trained on classes, and a labelled reference"
