@@ -147,14 +147,14 @@ def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
             name, value = next((name, row["scores"][name]) for name in SCORES if name in row["scores"])
             score = f"{name}[{row['extractor']}]@{row['n']} against {row['reference']}"
             hashes = (row["protocol"]["reference_sha256"][:6], source["weights_sha256"][:6])
-            guidance = f"guidance {source['guidance_scale']:g}"
+            guidance = f"guidance {source.get('guidance_scale', 1):g}"
             line = (source["sampler"], source["skip_type"], f"eta {source['eta']:g}", score, guidance, *hashes)
             n = row.get("evaluations", len(source["timesteps"]))
             milliseconds = 1000 * row["seconds_per_image"] if row.get("seconds_per_image") else None
             point = {"n": n, "ms": milliseconds, "score": value, "spread": row["scores"].get(f"{name}_std", 0.0)}
             lines.setdefault(line, []).append(point)
     counts = sorted({point["n"] for points in lines.values() for point in points})
-    if len(counts) < 2:
+    if max((len({point["n"] for point in points}) for points in lines.values()), default=0) < 2:
         return
     varying = [i for i, values in enumerate(zip(*lines)) if len(set(values)) > 1]
     from matplotlib.figure import Figure
