@@ -118,7 +118,8 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
     n = len(images) if options.images else cfg.evaluate.n_samples
     reference = open_for(accelerator, cfg, options.reference, images, data_keys)
     metrics, seeds = generative(cfg.evaluate), range(options.seed, options.seed + options.repeats)
-    scorer = Scorer.open(accelerator, cfg, reference, n, images, options) if metrics else None
+    how = options.force, options.per_class
+    scorer = Scorer.open(accelerator, cfg, reference, n, images, *how) if metrics else None
     if "bpd" in cfg.evaluate.metrics:
         found = chains([cell.sample.sampler for cell in cells], cfg.diffusion.learn_variance)
         for chain, seed in itertools.product(found, seeds):

@@ -78,7 +78,7 @@ def train(run) -> int:
 
     with distributed.main_process_first(accelerator):  # one downloads
         splits = load_splits(cfg.data)
-    conditions = Conditions.settled(cfg, splits["train"], device)
+    conditions = Conditions.settled(cfg, splits["train"], device, bool(run.checkpoint))
     batches = Batches.of(cfg, splits["train"], rank, world, device)
     n_steps = opts.n_steps if opts.n_epochs is None else -(-opts.n_epochs * len(batches) // opts.batch_size)
     valid = held_out(splits.get("test"), opts.n_valid)
@@ -115,13 +115,12 @@ def train(run) -> int:
             x0 = to_unit(images).contiguous(memory_format=layout)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
             eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
-            cond = conditions.of(cfg.seed, positions, batches.image_ids(positions), opts.condition_dropout)
             lr = lr_at(step, n_steps, opts)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             total = torch.zeros((), device=device)
-            batch = {"x0": x0, "t": t, "eps": eps, **cond}
+            batch = {"x0": x0, "t": t, "eps": eps, **conditions.at(step, batches, opts.condition_dropout)}
             parts = [dict(zip(batch, part)) for part in zip(*(v.split(micro_batch) for v in batch.values()))]
             for i, part in enumerate(parts):
                 distributed.seed_dropout(cfg.seed, step, rank, i)
@@ -147,9 +146,8 @@ def train(run) -> int:
                 loss_of = lambda m: validation_loss(accelerator, sharding.whole(m), process, valid, told, share, dtype)
                 log.metrics(done, {"valid_loss": loss_of(net), "valid_loss_ema": loss_of(ema.ema_model)})
             if done % opts.sample_every == 0 or ends:
-                shown_by = sharding.whole(ema.ema_model)
-                shown_of = cfg.sample, opts.n_samples, conditions.shown
-                log.preview(done, preview(accelerator, shown_by, process, *shown_of, share, dtype))
+                view = sharding.whole(ema.ema_model), process, cfg.sample, opts.n_samples, conditions.shown
+                log.preview(done, preview(accelerator, *view, share, dtype))
             if score and (done % opts.evaluate_every == 0 or ends):
                 log.metrics(done, score(done, sharding.whole(ema.ema_model), process, share, dtype))
             best = score.best if score else state.get("best")

@@ -289,9 +289,9 @@ def set_key(config: DictConfig, name: str, value: Any, where: str) -> None:
             not info.is_list
             or not index.endswith("]")
             or not re.fullmatch("[0-9]{1,6}", index[:-1])
-            or int(index[:-1]) >= len(current)
+            or int(index[:-1]) >= len(current or ())
         ):
-            have = f"{base} has {len(current)} entries" if info.is_list else f"{base} is not a list"
+            have = f"{base} has {len(current or ())} entries" if info.is_list else f"{base} is not a list"
             raise InputError(f"{where}: {name}: no such entry: {have}")
         place = f"{base}.{index[:-1]}"
     try:

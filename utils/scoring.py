@@ -192,19 +192,25 @@ class Scorer:
 
     @classmethod
     def open(
-        cls, accelerator, config: DictConfig, found: Reference, n: int, images: ImageSet | None, options=None
+        cls,
+        accelerator,
+        config: DictConfig,
+        found: Reference,
+        n: int,
+        images: ImageSet | None,
+        force: bool = False,
+        per_class: bool = False,
     ) -> Scorer:
         """Make the extractor (training the classifier if need be), extract the reference's features.
 
         config: the checkpoint's, or the one asked for where `images` are scored; n: how many images that will be.
-        options: the command line's, with force: go on where there are fewer images than feature dimensions; and
-            per_class.
+        force: go on where there are fewer images than feature dimensions.
+        per_class: `class_scores` will be asked for.
 
         Raises:
             InputError: weights or counts that can't be used; told before features are extracted.
         """
-        cache, force = Path(config.evaluate.cache_dir), options is not None and options.force
-        per_class = options is not None and options.per_class
+        cache = Path(config.evaluate.cache_dir)
         asked, labels = conditions_for(config, found, n) if images is None else (UNCONDITIONAL, None)
         check_conditional(config, found, labels, per_class)
         extractor, accuracy = open_for_scores(accelerator, config.evaluate, found, generative(config.evaluate))

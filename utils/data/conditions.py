@@ -17,6 +17,7 @@ from diffusions.noise import permutation, randint, random_words
 from models.conditioning import tokenize
 from utils.captions import Asked, captions_of, templates
 from utils.config import set_key
+from utils.data.batches import Batches
 from utils.data.image_set import ImageSet
 from utils.errors import InputError
 
@@ -24,12 +25,12 @@ DRAW_CAPTION, DRAW_DROP = 3, 4  # beside those of utils/data/batches.py
 SEED_AS_IN_DATA = 0x1ABE1  # the labels of image i of an evaluation are the same for every sampling seed
 
 
-def settle(config: DictConfig, images: ImageSet) -> None:
-    """Fill in model.classes, and data.captions for text, from the training images.
+def settle(config: DictConfig, images: ImageSet, resumed: bool) -> None:
+    """Fill in model.classes, and data.captions for text, from the training images: in a new run those decide.
 
     Raises:
-        InputError: images without labels or texts, classes other than those that the configuration names, or texts
-            that are too long.
+        InputError: images without labels or texts, classes other than those of the run that is resumed, or texts that
+            are too long.
     """
     model, data = config.model, config.data
     if model.condition == "none":
@@ -44,7 +45,7 @@ def settle(config: DictConfig, images: ImageSet) -> None:
             f"model.condition = {model.condition} needs labels, and {images.name} has none{texts}; "
             "in image folders the first level of folders is the class"
         )
-    if model.classes and list(model.classes) != images.classes:
+    if resumed and list(model.classes) != images.classes:
         raise InputError(
             f"model.classes = {list(model.classes)[:8]}... are not those of {images.name}: {images.classes[:8]}..."
         )
@@ -116,9 +117,9 @@ class Conditions:
         self.shown = partial(cond_of, shown_in_preview(config, images), config.model.text_length)
 
     @classmethod
-    def settled(cls, config: DictConfig, images: ImageSet, device) -> Conditions:
+    def settled(cls, config: DictConfig, images: ImageSet, device, resumed: bool = False) -> Conditions:
         """Of the training images, from which the configuration takes what it does not say (`settle`)."""
-        settle(config, images)
+        settle(config, images, resumed)
         return cls(config, images, device)
 
     def describe(self) -> str:
@@ -128,6 +129,13 @@ class Conditions:
         if not self.n_classes:
             return f"a text for each of {len(self.captions.texts):,} images"
         return f"texts of {self.n_classes} classes, {sum(map(len, self.captions.texts))} captions"
+
+    def at(self, step: int, batches: Batches, dropout: float) -> dict[str, Tensor]:
+        """Those of a step's batch. All on the host, so that it does not wait for the device."""
+        if self.kind == "none":
+            return {}
+        positions = batches.positions(step)
+        return self.of(batches.seed, positions, batches.image_ids(positions), dropout)
 
     def of(self, seed: int, positions: Tensor, ids: Tensor, dropout: float = 0.0) -> dict[str, Tensor]:
         """The conditions of images `ids` [b] that stand at `positions` [b] of the stream; some are left out.
