@@ -105,9 +105,10 @@ def evaluate(options, cfg, weights, cells, data_keys: dict[str, str]) -> int:
     from utils.data.image_folder import load_as_is
     from utils.distributed import from_main
     from utils.likelihood import bound_row, chains
+    from utils.process import evaluations
     from utils.reference import features_of, open_for
     from utils.results import Results, cell_id, report
-    from utils.scoring import Scorer, evaluations, generative
+    from utils.scoring import Scorer, generative
 
     accelerator = distributed.start()
     exact = precision.mixed_precision(cfg.sample.mixed_precision) == "no"

@@ -93,6 +93,7 @@ def sample(options, weights, keys, notes) -> int:
     from utils.images import PngWriter, write_png
     from utils.overview import overview, write_animation, write_errors
     from utils.pictures import PICTURES, Job
+    from utils.process import evaluations
     from utils.protocol import circumstances
     from utils.sample_folder import check_folder, missing, sample_paths, start_folder
     from utils.weights import load_network
@@ -102,7 +103,6 @@ def sample(options, weights, keys, notes) -> int:
     job = Job.open(options, weights, keys, accelerator, asked_for)
     precision.set_determinism(precision.wants_determinism("auto"), tf32=job.precision != "no")
     check_folder(folder, job.identity)
-    job.net = load_network(weights, accelerator.device)
     accelerator.wait_for_everyone()  # every process has looked at the folder before the main one changes it
     if accelerator.is_main_process:
         start_folder(folder, job.identity, circumstances(weights, accelerator) | {"source": options.source})
@@ -111,6 +111,7 @@ def sample(options, weights, keys, notes) -> int:
     todo = missing(folder, n_files)
     accelerator.wait_for_everyone()  # and has listed it before any writes
     mine = [todo[i] for i in distributed.share(len(todo), accelerator.process_index, accelerator.num_processes)]
+    job.net = load_network(weights, accelerator.device, evaluations(weights.config) * len(mine))
     for note in notes:
         cli.say(note)
     cli.say(f"{len(todo)} of {n_files} {job.unit} to make: {weights.describe()}, {job.describe()}")

@@ -27,8 +27,9 @@ from diffusions import build_process
 from utils import distributed, precision
 from utils.cost import Cost
 from utils.micro_batch import generate_fitting
+from utils.process import evaluations
 from utils.reference import open_for
-from utils.scoring import Scorer, evaluations
+from utils.scoring import Scorer
 from utils.weights import load_network, open_weights
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffusions.cuda_graph import Graphed
 from diffusions.guidance import UNGUIDED, Guidance, guided
 from diffusions.noise import randn
 from diffusions.pixels import to_uint8
@@ -120,6 +121,8 @@ def generate(
         view: what frames show: "x" (x_t) or "x0" (its prediction).
         walk: where the images start and how the sampler takes them on; the default starts at noise.
 
+    A compiled network meets one batch size only: the last micro-batch is filled up, and what fills it is dropped.
+
     Raises:
         ValueError: an unknown sampler or skip type, skip_steps outside 1..T, more frames than steps, a sampler that
             needs a learned variance without one.
@@ -132,8 +135,13 @@ def generate(
     if n_frames > steps:
         raise ValueError(f"{n_frames} frames were asked of {steps} sampling steps")
     kept = frame_steps(steps, n_frames)
+    model = Graphed(model)
     indices = torch.as_tensor(indices, dtype=torch.int64)
+    fill = is_compiled(model) and len(indices) > micro_batch
     for rows in torch.arange(len(indices)).split(micro_batch) if len(indices) else ():
+        n = len(rows)
+        if fill and n < micro_batch:
+            rows = torch.cat([rows, rows[-1:].expand(micro_batch - n)])
         chosen = indices[rows]
         if callable(cond):
             rows_cond = cond(chosen)
@@ -142,9 +150,14 @@ def generate(
         frames = []
         for i, step in enumerate(trajectory(model, process, options, chosen, seed, rows_cond, dtype, walk)):
             if i in kept:
-                frames.append(to_uint8(getattr(step, view)).cpu())
-        images = to_uint8(step.x).cpu()
-        yield Batch(chosen, images, torch.stack(frames, dim=1) if frames else None)
+                frames.append(to_uint8(getattr(step, view)[:n]).cpu())
+        images = to_uint8(step.x[:n]).cpu()
+        yield Batch(chosen[:n], images, torch.stack(frames, dim=1) if frames else None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a network was compiled in place."""
+    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 def frame_steps(steps: int, n_frames: int) -> list[int]:

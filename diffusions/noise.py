@@ -5,10 +5,15 @@ generator state to resume. The generator is Philox4x32-10 (Salmon et al. 2011, "
 2, 3") in tensor operations: the same bits on every device.
 """
 
+import importlib.util
 import math
 
 import torch
 from torch import Tensor
+
+KERNEL = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if KERNEL:
+    from diffusions.noise_kernel import randn_on_gpu
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -49,8 +54,10 @@ def randn(seed: int, index: Tensor, draw: int, shape: tuple[int, ...], device: t
     Box-Muller in float64, so that rounding to float32 hides the last-bit differences between devices' log, cos and sin.
     Arguments as in `random_words`.
     """
-    n = math.prod(shape)
-    words = random_words(seed, index.to(device), draw, n + n % 2).double()
+    n, index = math.prod(shape), index.to(device)
+    if KERNEL and index.is_cuda:
+        return randn_on_gpu(seed, index, draw, n).unflatten(1, tuple(shape))
+    words = random_words(seed, index, draw, n + n % 2).double()
     u, v = ((words + 0.5) / 2**32).unflatten(1, (-1, 2)).unbind(-1)  # in (0, 1), never 0
     radius, angle = torch.sqrt(-2 * torch.log(u)), (2 * math.pi) * v
     normal = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)

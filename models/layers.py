@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.norm_silu import norm_silu
+
 
 def fan_average_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
     """Uniform initialisation with variance scale / mean(fan_in, fan_out), in place; a scale of 0 gives almost 0."""
@@ -62,14 +64,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x [B, c_in, H, W], temb [B, c_time] already through SiLU -> [B, c_out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        emb = self.temb_proj(temb)[:, :, None, None]
+        h = self.conv1(norm_silu(self.norm1, x))
+        emb = self.temb_proj(temb)
         if self.adaptive:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            scale, shift = emb[:, :, None, None].chunk(2, dim=1)
+            h = F.silu(norm_silu(self.norm2, h, silu=False) * (1 + scale) + shift)
         else:
-            h = self.norm2(h + emb)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h = norm_silu(self.norm2, h, emb)
+        h = self.conv2(self.dropout(h))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -87,7 +89,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        h = self.norm(x)
+        h = norm_silu(self.norm, x, silu=False)
         q, k, v = (
             layer(h).view(batch, self.heads, channels // self.heads, height * width).transpose(2, 3)
             for layer in (self.q, self.k, self.v)
@@ -107,6 +109,15 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def twice_the_size(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, 2H, 2W], nearest neighbour."""
+    if not x.is_cuda:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    batch, channels, height, width = x.shape  # compiled, the gradient of this is a sum; interpolate's adds atomically
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+    return x.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
 class Upsample(nn.Module):
     """Nearest neighbour to twice the size, then a 3x3 convolution."""
 
@@ -115,4 +126,4 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(twice_the_size(x))

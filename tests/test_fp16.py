@@ -33,7 +33,7 @@ def fp16(monkeypatch):
 
     monkeypatch.setattr(distributed, "start", started)
     monkeypatch.setattr(precision, "on_gpu", lambda: True)
-    monkeypatch.setattr(precision, "wants_compile", lambda asked: False)
+    monkeypatch.setattr(precision, "wants_compile", lambda asked, flops: False)
     monkeypatch.setattr(precision, "wants_determinism", lambda asked: True)
     monkeypatch.setattr(precision, "memory_format", lambda config: torch.contiguous_format)
     yield

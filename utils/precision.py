@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from models import build_model
+from models.flops import forward_flops
 from utils.errors import InputError
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE_PAYS = 1e16  # operations that take about 100 seconds on an H100 uncompiled, and half of that compiled
 NARROW = 64  # below this width a CPU gains nothing from channels_last
 
 
@@ -22,7 +27,7 @@ def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]
     train = config.train
     resolved = stored or {
         "mixed_precision": mixed_precision(train.mixed_precision),
-        "compile": wants_compile(train.compile) and not train.shard,
+        "compile": not train.shard and wants_compile(train.compile, lambda: training_flops(config)),
         "deterministic": wants_determinism(train.deterministic),
     }
     mixed_precision(resolved["mixed_precision"])  # a run of a GPU may go on where its precision does not exist
@@ -64,9 +69,19 @@ def mixed_precision(asked: str) -> str:
     return asked
 
 
-def wants_compile(asked: str) -> bool:
-    """ "auto" compiles on GPUs; on a CPU compiling takes longer than most runs there gain from it."""
-    return on_gpu() if asked == "auto" else asked == "true"
+def wants_compile(asked: str, flops: Callable[[], float]) -> bool:
+    """Whether to compile the network; "auto": on a GPU, where a job of so many operations earns the minute it takes."""
+    return on_gpu() and flops() >= COMPILE_PAYS if asked == "auto" else asked == "true"
+
+
+def training_flops(config: DictConfig) -> float:
+    """Operations of a whole training; infinite where its length is not known before the data is."""
+    train = config.train
+    if train.n_epochs is not None:
+        return math.inf
+    with torch.device("meta"):
+        net = build_model(config.model, config.data.image_size, config.data.channels, config.diffusion.learn_variance)
+    return 3.0 * forward_flops(net) * train.batch_size * train.n_steps
 
 
 def memory_format(config: DictConfig) -> torch.memory_format:

@@ -41,7 +41,8 @@ def validation_loss(
 ) -> float:  # fmt: skip
     """Mean training loss over a decoded set, each image at one fixed timestep with fixed noise. A collective.
 
-    Dropout is off, of conditions too; the mode of `net` is put back.
+    Dropout is off, of conditions too; the mode of `net` is put back. A compiled network runs as it is written: another
+    batch size and mode would be compiled anew.
     """
     training, device = net.training, accelerator.device
     net.eval()
@@ -50,7 +51,10 @@ def validation_loss(
         x0, index = to_unit(images.images[rows].to(device)), rows.to(device)
         t = randint(SEED, index, 1, process.total_steps)
         eps = randn(SEED, index, 0, tuple(x0.shape[1:]), device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with (
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            torch.compiler.set_stance("force_eager"),
+        ):
             total += process.loss(net, x0, t, eps, **conditions.of(SEED, rows, rows)).double().sum()
     net.train(training)
     return (accelerator.reduce(total, "sum") if accelerator.num_processes > 1 else total).item() / len(images)

@@ -1,8 +1,10 @@
-"""A word about a diffusion process whose schedule is likely a mistake."""
+"""What a configured process costs, and a word about a schedule that is likely a mistake."""
 
 from __future__ import annotations
 
-from diffusions import GaussianDiffusion
+from omegaconf import DictConfig
+
+from diffusions import SAMPLERS, GaussianDiffusion
 
 MOST_SIGNAL = 0.01  # alpha_bar_T above which x_T is too far from the noise that sampling starts with
 
@@ -16,3 +18,10 @@ def signal_left(process: GaussianDiffusion) -> str | None:
         f"alpha_bar_T = {left:.3f}: x_T still holds signal, but sampling starts from noise: "
         "use more timesteps (diffusion.total_steps) or larger betas (diffusion.beta_end)"
     )
+
+
+def evaluations(config: DictConfig) -> int:
+    """Of the network, for each image of a cell; guidance takes two where one would do."""
+    branches = 2 if config.model.condition != "none" and config.sample.guidance_scale not in (0, 1) else 1
+    steps = config.sample.skip_steps or config.diffusion.total_steps
+    return branches * SAMPLERS[config.sample.sampler].evaluations(steps)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusions import SAMPLERS, build_process
+from diffusions import build_process
 from diffusions.generate import Conditions
 from utils import classifier, precision
 from utils.captions import Asked
@@ -27,6 +27,7 @@ from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, Statistics, open_extractor, scores
 from utils.micro_batch import FIRST, generate_fitting
+from utils.process import evaluations
 from utils.protocol import circumstances, sampling_identity
 from utils.reference import Reference, features_of
 from utils.reference_file import StoredReference
@@ -50,8 +51,9 @@ def generated_images(
     """
     options = config.sample
     dtype = precision.DTYPES[precision.mixed_precision(options.mixed_precision)]
-    net, process = load_network(weights, accelerator.device), build_process(config.diffusion)
-    steps, n = options.skip_steps or process.total_steps, sum(map(len, chunks))
+    process, n = build_process(config.diffusion), sum(map(len, chunks))
+    net = load_network(weights, accelerator.device, evaluations(config) * n)
+    steps = options.skip_steps or process.total_steps
     bar = tqdm(total=n, desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
                disable=not accelerator.is_main_process)  # fmt: skip
     cost.start()
@@ -62,13 +64,6 @@ def generated_images(
                 cost.add(evaluations(config) * len(batch.indices))
                 yield batch.images
                 cost.start()
-
-
-def evaluations(config: DictConfig) -> int:
-    """Of the network, for each image of a cell; guidance takes two where one would do."""
-    branches = 2 if config.model.condition != "none" and config.sample.guidance_scale not in (0, 1) else 1
-    steps = config.sample.skip_steps or config.diffusion.total_steps
-    return branches * SAMPLERS[config.sample.sampler].evaluations(steps)
 
 
 def generative(options: DictConfig) -> list[str]:

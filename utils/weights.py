@@ -200,15 +200,19 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def load_network(weights: Weights, device):
-    """The network in eval mode on `device`. Raises InputError where file and architecture differ."""
+def load_network(weights: Weights, device, evaluations: float = 0):
+    """The network in eval mode on `device`, compiled where it pays for so many evaluations of an image.
+
+    Raises InputError where file and architecture differ.
+    """
     from models import build_model
+    from models.flops import forward_flops
     from utils import checkpoint, precision
 
     cfg = weights.config
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
     checkpoint.load_weights(net, weights.tensors(), weights.file)
     net = net.to(device, memory_format=precision.memory_format(cfg))
-    if precision.wants_compile(cfg.sample.compile):
+    if precision.wants_compile(cfg.sample.compile, lambda: evaluations * forward_flops(net)):
         net.compile()
     return net.eval().requires_grad_(False)
