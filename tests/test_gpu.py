@@ -74,6 +74,7 @@ def test_noise_is_that_of_the_cpu():
 
 def test_graphs_and_compilation_change_no_image_by_more_than_a_level():
     net, process = small_net(), build_process(SimpleNamespace(**PROCESS))
+    torch.backends.cudnn.allow_tf32 = False  # as sample_ddpm.py does for float32
     draw = lambda net, size, dtype: torch.cat(
         [b.images for b in generate(net, process, DDIM, range(21), 7, size, dtype=dtype)]
     )
