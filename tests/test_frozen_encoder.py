@@ -184,6 +184,17 @@ def test_prompts_act_from_the_run_folder_alone(mode: str, more: list, trained, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_divided_network_trains_the_same(kind: str, encoders, tmp_path) -> None:
+    keys = [*TRAIN, "--model.text_encoder", encoders[kind]]
+    forked(train_ddpm.main, "-e", "one", *keys, cwd=tmp_path)
+    forked(train_ddpm.main, "-e", "divided", *keys, "--train.shard", "true", cwd=tmp_path, processes=2)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "divided")]
+    losses = [torch.tensor([json.loads(line)["loss"] for line in part if '"loss"' in line]) for part in lines]
+    assert len(losses[0]) == 8 and torch.allclose(*losses, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_scores_are_had_from_the_run_folder(trained, tmp_path) -> None:
     call(evaluate_ddpm.main, "--weights", trained, "--reference", "digits", "--feature_extractor", "dataset-classifier",
          "--metrics", "condition_accuracy", "--n_samples", 70, "--guidance_scales", 0, 2, "--out", "out",

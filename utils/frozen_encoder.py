@@ -49,7 +49,7 @@ class FrozenEncoder:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            self.model, self.tokenizer = _load(transformers, place)
+            self.model, self.tokenizer = _found(transformers, place)
         except InputError:
             raise
         except Exception as error:  # files, network and formats fail in ways without a common type
@@ -93,20 +93,35 @@ def _cant(place: str) -> str:
     return f"model.text_encoder = {place} can't be used"
 
 
-def _load(transformers: Any, place: str) -> tuple[torch.nn.Module, Any]:
+def _found(transformers: Any, place: str) -> tuple[torch.nn.Module, Any]:
+    """What is here already, without asking the network; else downloaded."""
+    if Path(place).is_dir():
+        return _load(transformers, place, local_files_only=True)
+    try:
+        return _load(transformers, place, local_files_only=True)
+    except OSError:
+        return _load(transformers, place, local_files_only=False)
+
+
+def _load(transformers: Any, place: str, local_files_only: bool) -> tuple[torch.nn.Module, Any]:
     """(the encoder in eval mode and float32, its tokenizer)."""
     if Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
         raise InputError(f"{_cant(place)}: there is no .safetensors file in it (pickles are not read)")
-    config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    how = {"local_files_only": local_files_only, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(place, **how)
     if config.model_type not in CLASSES:
         raise InputError(f"{_cant(place)}: it is of type {config.model_type}; wanted one of {', '.join(CLASSES)}")
     kind = getattr(transformers, CLASSES[config.model_type])
     model, told = kind.from_pretrained(
-        place, use_safetensors=True, attn_implementation="eager", output_loading_info=True
+        place,
+        use_safetensors=True,
+        attn_implementation="eager",
+        output_loading_info=True,
+        local_files_only=local_files_only,
     )
     if lacking := sorted(told["missing_keys"]):  # these would be random
         raise InputError(f"{_cant(place)}: its weights lack {lacking[0]}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, **how)
     return model.float().eval().requires_grad_(False), tokenizer
 
 

@@ -79,7 +79,9 @@ def open_reader(config: DictConfig, device) -> Reader | None:
         return None
     if model.text_encoder is None:
         return ByteReader(model.text_length)
-    return FeatureReader(model.text_encoder, model.text_length, model.text_encoder_sha256, str(device))
+    place = Path(model.text_encoder)
+    place = str(place.resolve()) if place.is_dir() else model.text_encoder
+    return FeatureReader(place, model.text_length, model.text_encoder_sha256, str(device))
 
 
 def settle_encoder(config: DictConfig, device) -> None:
@@ -88,8 +90,7 @@ def settle_encoder(config: DictConfig, device) -> None:
     if not isinstance(reader, FeatureReader):
         return
     found = reader.encoder
-    place = str(Path(found.place).resolve()) if Path(found.place).is_dir() else found.place
-    for name, value in {"": place, "_width": found.width, "_sha256": found.sha256}.items():
+    for name, value in {"": found.place, "_width": found.width, "_sha256": found.sha256}.items():
         set_key(config, f"model.text_encoder{name}", value, f"the encoder {found.place}")
 
 
