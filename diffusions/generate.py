@@ -85,8 +85,10 @@ def trajectory(
         return randn(seed, indices, next(draws), shape, device)
 
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
-    cond = {name: value.to(device) for name, value in (cond or {}).items()}
-    denoise = denoiser(model, process, options.clip_denoised, dtype, cond, guidance_of(options))
+    cond, guidance = {name: value.to(device) for name, value in (cond or {}).items()}, guidance_of(options)
+    if not cond and getattr(model, "condition", None) is not None:  # encoded once and in full precision, as guided's is
+        cond, guidance = model.null(len(indices)), UNGUIDED
+    denoise = denoiser(model, process, options.clip_denoised, dtype, cond, guidance)
     sampler = partial(SAMPLERS[options.sampler], eta=options.eta)
     yield from walk(sampler, denoise, indices, grid, next_draw)
 

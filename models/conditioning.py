@@ -1,8 +1,8 @@
 """What a network can be told besides x_t and t: a class, or a text.
 
-A condition turns what is given (`label`, `tokens`) into what the U-Net reads: `emb` [B, c_time], added to the time
-embedding, and for text also `context` [B, L, D] with `presence` [B, L] in [0, 1], read by cross-attention. These are
-made once per image, not once per step, and can be interpolated entry by entry.
+A condition turns what is given (`label`, `tokens`, or `features` and `present`) into what the U-Net reads: `emb`
+[B, c_time], added to the time embedding, and for text also `context` [B, L, D] with `presence` [B, L] in [0, 1], read
+by cross-attention. These are made once per image, not once per step, and can be interpolated entry by entry.
 """
 
 import math
@@ -87,6 +87,38 @@ class TextCondition(nn.Module):
         return {"tokens": tokenize([""], self.length).to(self.position.device).expand(n, -1)}
 
 
+class FeatureCondition(nn.Module):
+    """What a frozen encoder made of a text, projected; no text is no token but the first, which is learned.
+
+    Args:
+        width: channels of the features.
+        dim: channels of what cross-attention reads.
+        length: features per text, at most.
+        c_time: width of the time embedding.
+    """
+
+    def __init__(self, width: int, dim: int, length: int, c_time: int) -> None:
+        super().__init__()
+        self.width, self.dim, self.length = width, dim, length
+        self.start = nn.Parameter(0.02 * torch.randn(1, dim))
+        self.norm, self.proj, self.pool = nn.LayerNorm(width), linear(width, dim), linear(dim, c_time)
+
+    def forward(self, features: Tensor, present: Tensor) -> dict[str, Tensor]:
+        """features [B, length, width], present [B, length] bool -> emb [B, c_time] of the mean over those present,
+        context [B, 1 + length, dim] and presence."""
+        h = self.proj(self.norm(features))
+        presence = present.to(h.dtype)
+        mean = (h * presence[..., None]).sum(1) / presence.sum(1, keepdim=True).clamp(min=1)
+        start = self.start.to(h.dtype).expand(len(h), 1, -1)
+        presence = torch.cat([torch.ones_like(presence[:, :1]), presence], dim=1)
+        return {"emb": self.pool(start[:, 0] + mean), "context": torch.cat([start, h], dim=1), "presence": presence}
+
+    def null(self, n: int) -> dict[str, Tensor]:
+        """The input that means no condition, n times."""
+        features = torch.zeros(n, self.length, self.width, device=self.start.device)
+        return {"features": features, "present": torch.zeros_like(features[..., 0], dtype=torch.bool)}
+
+
 class TextBlock(nn.Module):
     """Pre-norm self-attention over the tokens that are present, then a feed-forward layer of four times the width."""
 
@@ -145,7 +177,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
 def build_condition(options, c_time: int) -> nn.Module | None:
     """The condition that `options` (the config's model section) describes; None where there is none.
 
-    A class needs `classes`, a text text_dim, text_layers and text_length.
+    A class needs `classes`, a text text_dim, text_layers and text_length; with text_encoder, which is not looked for
+    here, also text_encoder_width.
 
     Raises:
         ValueError: an unknown kind of condition, or one of classes without any.
@@ -157,6 +190,10 @@ def build_condition(options, c_time: int) -> nn.Module | None:
         if not options.classes:
             raise ValueError("model.condition = class needs model.classes, the names of the classes")
         return ClassCondition(len(options.classes), c_time)
+    if kind == "text" and getattr(options, "text_encoder", None) is not None:
+        if options.text_encoder_width is None:
+            raise ValueError("model.text_encoder needs model.text_encoder_width, the channels of its features")
+        return FeatureCondition(options.text_encoder_width, options.text_dim, options.text_length, c_time)
     if kind == "text":
         return TextCondition(options.text_dim, options.text_layers, options.text_length, c_time)
     raise ValueError(f"unknown condition {kind!r}; the conditions are none, class, text")

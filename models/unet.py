@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.conditioning import CrossAttention, TextCondition
+from models.conditioning import CrossAttention, FeatureCondition, TextCondition
 from models.layers import Attention, Downsample, ResBlock, Upsample, conv, linear, norm, sinusoidal_embedding
 from models.norm_silu import norm_silu
 
@@ -68,7 +68,7 @@ class UNet(nn.Module):
         self.temb = nn.Module()
         self.temb.dense = nn.ModuleList([linear(dim, c_time), linear(c_time, c_time)])
         self.condition = condition(c_time) if condition else None
-        reads_text = isinstance(self.condition, TextCondition)
+        reads_text = isinstance(self.condition, (TextCondition, FeatureCondition))
         crossed = cross_attn_resolutions if reads_text else ()
         self.conv_in = conv(in_channels, dim, 3, padding=1)
 
@@ -113,7 +113,7 @@ class UNet(nn.Module):
         self.conv_out = conv(width, out_channels, 3, padding=1, scale=0)
 
     def encode(self, **cond: Tensor) -> dict[str, Tensor]:
-        """What is given (`label` or `tokens`) -> what forward reads of it: emb, and of a text context and presence."""
+        """What is given, as in `forward` -> what that reads of it: emb, and of a text context and presence."""
         return self.condition(**cond)
 
     def null(self, n: int) -> dict[str, Tensor]:
@@ -123,8 +123,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         """x_t [B, in_channels, H, W] and t [B] int64 in 0..T-1 -> [B, out_channels, H, W].
 
-        cond, where the network has a condition: `label` [B] or `tokens` [B, L], or what `encode` made of them; nothing
-        means no condition for any image.
+        cond, where the network has a condition: `label` [B], `tokens` [B, L], `features` [B, L, D] and `present`
+        [B, L], or what `encode` made of them; nothing means no condition for any image.
         """
         temb = sinusoidal_embedding(t, self.dim).to(x.dtype)
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))

@@ -117,11 +117,26 @@ TEXT = {"model__condition": "text"}
     (numbered(), TEXT | {"data__captions_held_out": ["a 9"]}, "'a 9' is no caption"),
     (numbered(), TEXT | {"data__captions_held_out": ["0", "zero"]}, "leaves no caption for the class 0"),
     (numbered(captions=["x"] * 29 + [None]), TEXT, "image 29 of numbered:train has no text"),
+    (numbered(captions=["x \ud800"] * 30), TEXT, "image 0 of numbered:train is not valid Unicode"),
     (numbered(captions=["x" * 24] * 30), TEXT, "24 bytes, so wanted at least 25"),
 ])  # fmt: skip
 def test_data_that_does_not_fit_is_refused(images: ImageSet, keys: dict, says: str) -> None:
     with pytest.raises(InputError, match=says):
         settled(images, **keys)
+
+
+@pytest.mark.parametrize("text, says", [
+    (None, "image 29 of numbered:train has no text"),
+    ("x" * 24, "24 bytes, so wanted at least 25"),
+    ("\ud800", "is not valid Unicode"),
+])  # fmt: skip
+def test_texts_of_other_splits_and_references_are_checked_as_well(text: str | None, says: str) -> None:
+    good, bad = numbered(captions=["x"] * 30), numbered(captions=["x"] * 29 + [text])
+    cfg, _ = settled(good, model__condition="text")
+    with pytest.raises(InputError, match=says):
+        Conditions(cfg, bad, "cpu")
+    with pytest.raises(InputError, match=says):
+        as_in_data(cfg, bad, 10)
 
 
 def test_labels_as_in_the_data_are_a_permutation_and_do_not_depend_on_n() -> None:
@@ -264,6 +279,7 @@ def test_labels_are_names_or_numbers_and_cycle() -> None:
     ("text", {"prompts": ["7", " "]}, ["--prompts, entry 2 is empty"]),
     ("text", {"prompts": ["the digit eight"]}, ["'eight' was in no caption", "0, zero, 7, seven, t-shirt, top"]),
     ("text", {"prompts": ["the digit " * 3 + "7"]}, ["31 bytes", "at most 23"]),
+    ("text", {"prompts": ["a \udcff"]}, ["--prompts, entry 1", "is not valid Unicode"]),
     ("text", {"prompt_file": "/nowhere/at/all"}, ["--prompt_file /nowhere/at/all can't be read"]),
 ])  # fmt: skip
 def test_what_can_not_be_read_is_refused(condition: str, given: dict, says: list[str]) -> None:
@@ -276,6 +292,8 @@ def test_what_can_not_be_read_is_refused(condition: str, given: dict, says: list
 def test_prompts_come_from_a_file(tmp_path) -> None:
     (tmp_path / "p.txt").write_text("seven\nthe digit 0\n")
     assert asked("text", prompt_file=str(tmp_path / "p.txt")).entries == ("seven", "the digit 0")
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfseven\r\n7\r\n")  # as some editors of Windows save it
+    assert asked("text", prompt_file=str(tmp_path / "p.txt")).entries == ("seven", "7")
     (tmp_path / "p.txt").write_text("seven\n\n7\n")
     with pytest.raises(InputError, match="entry 2 is empty"):
         asked("text", prompt_file=str(tmp_path / "p.txt"))

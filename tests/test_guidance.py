@@ -73,6 +73,15 @@ def test_scale_1_is_the_conditional_and_scale_0_the_unconditional_network_bit_fo
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
+def test_scale_0_draws_what_no_condition_draws_in_bf16_too(condition: str) -> None:
+    net, how = network(condition), options(guidance_scale=0.0, skip_steps=2)
+    draw = lambda cond: list(trajectory(net, PROCESS, how, torch.arange(4), 0, cond, torch.bfloat16))[-1].x
+    assert torch.equal(draw(cond_of(condition)), draw(None))
+    how.guidance_scale = 1.0
+    assert not torch.equal(draw(cond_of(condition)), draw(None))
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
 @pytest.mark.parametrize("scale", [0.5, 2.0, 7.5])
 def test_the_batched_pair_equals_two_calls(condition: str, scale: float) -> None:
     net, cond = Counted(network(condition)), cond_of(condition)

@@ -36,6 +36,15 @@ def captions_of(name: str, templates: Sequence[str]) -> list[str]:
     return [template.replace("{}", word).casefold() for template in templates for word in spellings(name)]
 
 
+def is_unicode(text: str) -> bool:
+    """False for half of a pair of surrogates: bytes of a command line, or an escape in JSON, that mean no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def templates(config: DictConfig) -> list[str]:
     """data.captions, or the plain name of the class."""
     return list(config.data.captions or ["{}"])
@@ -132,7 +141,11 @@ def read_labels(words: Sequence[str], config: DictConfig) -> list[int]:
 def _check_prompt(text: str, where: str, config: DictConfig) -> None:
     if not text.strip():
         raise InputError(f"{where} is empty: wanted a text (leave the option out for unconditional images)")
-    size, most = len(text.casefold().encode(errors="replace")), config.model.text_length - 1
+    if not is_unicode(text):
+        raise InputError(f"{where}, {text[:30]!r}: is not valid Unicode")
+    if config.model.text_encoder is not None:
+        return  # it knows more words than those of the training; the tokens are counted when it is there
+    size, most = len(text.casefold().encode()), config.model.text_length - 1
     if size > most:
         raise InputError(f"{where}, {text[:30]!r}...: has {size} bytes, but the network reads at most {most}")
     known = [word for name in config.model.classes for word in captions_of(name, templates(config))]
@@ -148,7 +161,7 @@ def _check_prompt(text: str, where: str, config: DictConfig) -> None:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompt_file {path} can't be read: {getattr(error, 'strerror', error)}") from None
     if not lines:

@@ -92,7 +92,14 @@ class Model:
     cross_attn_resolutions: list[int] = key([], "image sizes with cross-attention to the text; the middle has it too")
     text_dim: int = key(128, "width of the text encoder, a multiple of 32 [channels]", ge=32)
     text_layers: int = key(2, "transformer blocks of the text encoder", ge=1)
-    text_length: int = key(64, "one more than the bytes of text that are read", ge=2, le=4096)
+    text_length: int = key(
+        64, "one more than the bytes of text that are read; tokens, of text_encoder's", ge=2, le=4096
+    )
+    text_encoder: str | None = key(
+        None, "frozen Hugging Face encoder, hub name or folder; null: one over bytes, trained jointly"
+    )
+    text_encoder_width: int | None = key(None, "of its features [channels]; found when training starts", ge=1)
+    text_encoder_sha256: str | None = key(None, "of its weights and vocabulary; found when training starts")
 
 
 @dataclass

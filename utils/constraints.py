@@ -83,6 +83,7 @@ def _check_condition(config: DictConfig, training: bool) -> None:
         raise InputError("model.classes names a class twice")
     if model.condition == "text" and model.text_dim % 32:
         raise InputError(f"model.text_dim = {model.text_dim}: must be a multiple of 32, the width of a head")
+    _check_text_encoder(model, training)
     for size in model.cross_attn_resolutions:
         if model.condition != "text":
             raise InputError("model.cross_attn_resolutions: cross-attention reads a text; model.condition is class")
@@ -93,6 +94,27 @@ def _check_condition(config: DictConfig, training: bool) -> None:
             )
         if (width := model.dim * model.dim_mults[sizes.index(size)]) % model.n_heads:
             raise InputError(f"model.n_heads = {model.n_heads}: does not divide the attended width {width}")
+
+
+def _check_text_encoder(model: DictConfig, training: bool) -> None:
+    known = model.text_encoder_width is not None and model.text_encoder_sha256 is not None
+    if model.text_encoder is None and (model.text_encoder_width or model.text_encoder_sha256):
+        raise InputError("model.text_encoder_width and text_encoder_sha256 belong to a model.text_encoder; it is null")
+    if model.text_encoder is None:
+        return
+    if model.condition != "text":
+        raise InputError(f"model.text_encoder needs model.condition = text; it is {model.condition}")
+    if not model.text_encoder.strip():
+        raise InputError("model.text_encoder is empty: wanted a folder or a name on the Hugging Face hub")
+    if not (training or known):
+        raise InputError(
+            "model.text_encoder: model.text_encoder_width and text_encoder_sha256 do not say which one the weights know"
+        )
+
+
+def has_moved(name: str, old: object, new: object) -> bool:
+    """Whether a key that differs says another place for the same thing, whose content is checked when it is read."""
+    return name == "model.text_encoder" and None not in (old, new)
 
 
 def _check_diffusion(config: DictConfig) -> None:

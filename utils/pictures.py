@@ -29,6 +29,7 @@ from utils.images import grid, strip, upright
 from utils.micro_batch import generate_fitting
 from utils.process import signal_left
 from utils.protocol import sampling_identity
+from utils.readers import Reader, check_asked, open_reader
 from utils.source import load_mask, load_source
 from utils.weights import Weights
 
@@ -49,7 +50,7 @@ class Job:
     hole: Tensor | None  # [H, W] bool
     identity: dict[str, Any]  # what the pictures are a function of
     asked: Asked  # the conditions
-    text_length: int
+    reader: Reader | None  # of texts
     net: nn.Module | None = None
 
     @classmethod
@@ -58,6 +59,8 @@ class Job:
     ) -> Job:
         """Everything but the network; keys: dotted keys given for this call. Raises InputError for wrong options."""
         cfg, extra = weights.config, {}
+        reader = open_reader(cfg, accelerator.device)
+        check_asked(asked, reader)
         process, precision_name = build_process(cfg.diffusion), precision.mixed_precision(cfg.sample.mixed_precision)
         if warning := signal_left(process):
             say(f"warning: {warning}")
@@ -80,8 +83,7 @@ class Job:
         identity = sampling_identity(weights, cfg, process, options.seed, precision_name, asked)
         identity |= {"mode": options.mode, "frames": n_frames} | extra
         return cls(
-            process, cfg.sample, options, precision_name, n_frames, counts, source, hole, identity, asked,
-            cfg.model.text_length,
+            process, cfg.sample, options, precision_name, n_frames, counts, source, hole, identity, asked, reader
         )  # fmt: skip
 
     @property
@@ -113,7 +115,7 @@ class Job:
 
     def cond(self, indices: Tensor) -> dict[str, Tensor] | None:
         """The conditions of images."""
-        return cond_of(self.asked, self.text_length, indices)
+        return cond_of(self.asked, self.reader, indices)
 
     @torch.no_grad()
     def encoded(self, indices: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from diffusions import GaussianDiffusion, time_grid
 from utils.captions import Asked
 
 CONDITIONAL = ("classes", "adaptive_norm", "cross_attn_resolutions", "text_dim", "text_layers", "text_length")
+ENCODER = ("text_encoder_width", "text_encoder_sha256")
 
 
 def sampling_identity(
@@ -26,6 +27,9 @@ def sampling_identity(
     model = OmegaConf.to_container(config.model)
     if model["condition"] == "none":
         model = {name: value for name, value in model.items() if name not in CONDITIONAL}
+    place = model.pop("text_encoder")  # what it is, its SHA-256 says
+    if place is None:
+        model = {name: value for name, value in model.items() if name not in ENCODER}
     return {
         "weights_sha256": weights.sha256(),
         "model": model,

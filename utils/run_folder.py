@@ -22,6 +22,7 @@ from utils.checkpoint import (
 )
 from utils.cli import say
 from utils.config import differences, merge, read_yaml, to_yaml
+from utils.constraints import has_moved
 from utils.distributed import from_main
 from utils.errors import InputError
 from utils.run_lock import lock
@@ -100,7 +101,7 @@ def open_run(default: Layer, asked: list[Layer], folder: str | None, resume: str
     stored = merge((str(checkpoint / "config.yaml"), read_yaml(checkpoint / "config.yaml")))
     config = merge(*asked, base=stored)
     for name, (old, new) in differences(stored, config).items():
-        if name not in MAY_CHANGE:
+        if name not in MAY_CHANGE and not has_moved(name, old, new):
             raise InputError(f"{name} = {new} can't change when a run is resumed; it was started with {old}")
     newer = [other for other in published(path) if step_of(other) > step_of(checkpoint) and other not in aside]
     return Run(path, config, checkpoint, aside | dict.fromkeys(newer, "superseded"))

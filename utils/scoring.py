@@ -29,6 +29,7 @@ from utils.fidelity import Extractor, Features, Statistics, open_extractor, scor
 from utils.micro_batch import FIRST, generate_fitting
 from utils.process import evaluations
 from utils.protocol import circumstances, sampling_identity
+from utils.readers import check_asked, open_reader
 from utils.reference import Reference, features_of
 from utils.reference_file import StoredReference
 from utils.results import cell_id
@@ -208,6 +209,7 @@ class Scorer:
         cache = Path(config.evaluate.cache_dir)
         asked, labels = conditions_for(config, found, n) if images is None else (UNCONDITIONAL, None)
         check_conditional(config, found, labels, per_class)
+        check_asked(asked, open_reader(config, accelerator.device))
         extractor, accuracy = open_for_scores(accelerator, config.evaluate, found, generative(config.evaluate))
         check_count(n, extractor, found, force)
         if per_class and not force:
@@ -227,7 +229,7 @@ class Scorer:
     @property
     def cond(self) -> Conditions:
         """Indices -> their conditions."""
-        return partial(cond_of, self.asked, self.config.model.text_length)
+        return partial(cond_of, self.asked, open_reader(self.config, self.accelerator.device))
 
     def features(self, batches: Iterable[Tensor]) -> Features:
         """Features of all processes' images, in the order of their indices. A collective."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from utils.cli import say
 from utils.config import KEYS, differences, merge, parse_yaml, read_yaml
+from utils.constraints import has_moved
 from utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _open_foreign(
 def _check_same(path: str, stored: DictConfig, config: DictConfig, names: Collection[str]) -> None:
     """Raise InputError where what was asked for contradicts `stored` in one of `names` that the weights depend on."""
     for name, (old, new) in differences(stored, config).items():
-        if _is_fixed(name) and name in names:
+        if _is_fixed(name) and name in names and not has_moved(name, old, new):
             raise InputError(f"{name} = {_plain(new)} contradicts the weights in {path}, which have {_plain(old)}")
 
 

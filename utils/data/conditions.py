@@ -7,26 +7,27 @@ training draws.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache, partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffusions.noise import permutation, randint, random_words
-from models.conditioning import tokenize
 from utils.captions import Asked, captions_of, templates
 from utils.config import set_key
 from utils.data.batches import Batches
 from utils.data.image_set import ImageSet
 from utils.errors import InputError
+from utils.readers import FeatureReader, Reader, check_text, open_reader, settle_encoder
 
 DRAW_CAPTION, DRAW_DROP = 3, 4  # beside those of utils/data/batches.py
 SEED_AS_IN_DATA = 0x1ABE1  # the labels of image i of an evaluation are the same for every sampling seed
 
 
-def settle(config: DictConfig, images: ImageSet, resumed: bool) -> None:
+def settle(config: DictConfig, images: ImageSet, device, resumed: bool) -> None:
     """Fill in model.classes, and data.captions for text, from the training images: in a new run those decide.
+
+    And what a frozen text encoder is, which is loaded on `device`.
 
     Raises:
         InputError: images without labels or texts, classes other than those of the run that is resumed, or texts that
@@ -35,9 +36,9 @@ def settle(config: DictConfig, images: ImageSet, resumed: bool) -> None:
     model, data = config.model, config.data
     if model.condition == "none":
         return
+    settle_encoder(config, device)
     own_texts = model.condition == "text" and data.captions is None and images.captions is not None
     if own_texts:
-        _check_texts(images, model.text_length)
         return
     if images.labels is None or not images.classes:
         texts = " and no texts (image folders: metadata.jsonl)" if model.condition == "text" else ""
@@ -52,26 +53,14 @@ def settle(config: DictConfig, images: ImageSet, resumed: bool) -> None:
     set_key(config, "model.classes", list(images.classes), f"the classes of {images.name}")
     if model.condition == "text":
         OmegaConf.update(config, "data.captions", templates(config), merge=False)
-        Captions(config, images).tokens()
-
-
-def _check_texts(images: ImageSet, length: int) -> None:
-    for i, text in enumerate(images.captions):
-        if text is None or not text.strip():
-            raise InputError(f"model.condition = text: image {i} of {images.name} has no text")
-        if len(text.casefold().encode()) > length - 1:
-            raise InputError(
-                f"model.text_length = {length}: the text of image {i} of {images.name} has "
-                f"{len(text.casefold().encode())} bytes, so wanted at least {len(text.casefold().encode()) + 1}"
-            )
+        Captions(config, images).check(open_reader(config, device))
 
 
 class Captions:
     """The texts of a set's images: each image's own, or those of its class but for the ones held out."""
 
     def __init__(self, config: DictConfig, images: ImageSet) -> None:
-        self.length = config.model.text_length
-        self.labels = None
+        self.config, self.labels = config, None
         if config.model.classes:
             held_out = {text.casefold() for text in config.data.captions_held_out}
             every = [captions_of(name, templates(config)) for name in config.model.classes]
@@ -85,12 +74,11 @@ class Captions:
         else:
             self.texts = [[text] for text in images.captions]
 
-    def tokens(self) -> list[Tensor]:
-        """Of each class, or image: [captions, length]. Raises InputError where one is too long."""
-        try:
-            return [tokenize(texts, self.length) for texts in self.texts]
-        except ValueError as error:
-            raise InputError(f"model.text_length = {self.length}: {error}") from None
+    def check(self, reader: Reader) -> None:
+        """Raise InputError where one can't be read."""
+        for name, texts in zip(self.config.model.classes, self.texts):
+            for text in texts:
+                check_text(text, reader, f"the class {name} ({text!r})")
 
 
 class Conditions:
@@ -103,6 +91,7 @@ class Conditions:
             InputError: the images have no such condition.
         """
         self.kind, self.device = config.model.condition if images is not None else "none", device
+        self.reader = open_reader(config, device)
         if self.kind == "none":
             self.shown = lambda indices: None
             return
@@ -113,22 +102,26 @@ class Conditions:
             if not self.n_classes and images.captions is None:
                 raise InputError(f"{images.name} has no texts (image folders: metadata.jsonl)")
             self.captions = Captions(config, images)
-            self.row = lru_cache(2**16)(lambda text: tokenize([text], config.model.text_length)[0])
-        self.shown = partial(cond_of, shown_in_preview(config, images), config.model.text_length)
+            if not self.n_classes:
+                for i, text in enumerate(images.captions):
+                    check_text(text, self.reader, f"image {i} of {images.name}")
+        asked = shown_in_preview(config, images)
+        self.shown = lambda indices: cond_of(asked, self.reader, indices)
 
     @classmethod
     def settled(cls, config: DictConfig, images: ImageSet, device, resumed: bool = False) -> Conditions:
         """Of the training images, from which the configuration takes what it does not say (`settle`)."""
-        settle(config, images, resumed)
+        settle(config, images, device, resumed)
         return cls(config, images, device)
 
     def describe(self) -> str:
         """One line for a person."""
         if self.kind == "class":
             return f"{self.n_classes} classes"
+        read_by = f", read by {self.reader.place} (frozen)" if isinstance(self.reader, FeatureReader) else ""
         if not self.n_classes:
-            return f"a text for each of {len(self.captions.texts):,} images"
-        return f"texts of {self.n_classes} classes, {sum(map(len, self.captions.texts))} captions"
+            return f"a text for each of {len(self.captions.texts):,} images{read_by}"
+        return f"texts of {self.n_classes} classes, {sum(map(len, self.captions.texts))} captions{read_by}"
 
     def at(self, step: int, batches: Batches, dropout: float) -> dict[str, Tensor]:
         """Those of a step's batch. All on the host, so that it does not wait for the device."""
@@ -149,7 +142,8 @@ class Conditions:
         if self.kind == "class":
             return {"label": self.labels[ids].masked_fill(drop, self.n_classes).to(self.device)}
         texts = zip(self.texts(seed, positions, ids), drop.tolist())
-        return {"tokens": torch.stack([self.row("" if dropped else text) for text, dropped in texts]).to(self.device)}
+        found = self.reader(["" if dropped else text for text, dropped in texts])
+        return {name: value.to(self.device) for name, value in found.items()}
 
     def texts(self, seed: int, positions: Tensor, ids: Tensor) -> list[str]:
         """One caption of each image."""
@@ -200,7 +194,7 @@ def shown_in_preview(config: DictConfig, images: ImageSet) -> Asked:
     return Asked(config.model.condition, texts, texts)
 
 
-def cond_of(asked: Asked, text_length: int, indices: Iterable[int]) -> dict[str, Tensor] | None:
+def cond_of(asked: Asked, reader: Reader | None, indices: Iterable[int]) -> dict[str, Tensor] | None:
     """What `generate` needs of what was asked for, one row for each of the indices; None: no condition."""
 
     if not asked.entries:
@@ -208,4 +202,4 @@ def cond_of(asked: Asked, text_length: int, indices: Iterable[int]) -> dict[str,
     chosen = [asked.entries[int(i) % len(asked.entries)] for i in indices]
     if asked.kind == "class":
         return {"label": torch.tensor(chosen, dtype=torch.int64)}
-    return {"tokens": tokenize(chosen, text_length)}
+    return reader(chosen)
