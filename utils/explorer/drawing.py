@@ -1,0 +1,261 @@
+"""Requests drawn by the code of sample_ddpm.py, a step at a time, with everything that can be seen on the way."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusions.generate import frame_steps, from_noise, trajectory
+from diffusions.interpolation import interpolated_conditions, interpolation
+from diffusions.pixels import to_uint8
+from utils import cli, precision
+from utils.captions import read_conditions
+from utils.config import merge
+from utils.errors import InputError
+from utils.explorer.request import N_FRAMES, Request, animated, check_count, command
+from utils.explorer.watching import Watched, Work
+from utils.images import file_name, grid, strip, write_png
+from utils.overview import overview, write_animation, write_errors
+from utils.pictures import Job, decoding
+from utils.weights import Weights, load_network
+
+
+@dataclass
+class Panel:
+    """One picture and what stands above and beneath it."""
+
+    title: str
+    picture: Tensor  # uint8 [C, H, W]
+    caption: str = ""
+
+
+@dataclass
+class Seen:
+    """What there is to see while a request is drawn."""
+
+    panels: list[Panel]
+    stage: str  # what is being done
+    share: float  # of it, 0 to 1
+
+
+@dataclass
+class Result:
+    """What a request has made."""
+
+    panels: list[Panel]
+    command: str
+    files: list[tuple[str, Path]] = field(default_factory=list)  # (what it is, where it lies)
+    notes: list[str] = field(default_factory=list)
+    points: list[Tensor] = field(default_factory=list)  # of an interpolation, uint8 [C, H, W]
+
+
+@dataclass
+class KnownWeights(Weights):
+    """Weights whose hash was taken once: their file may be pruned while the page is open."""
+
+    digest: str = ""
+
+    def sha256(self) -> str:
+        return self.digest
+
+
+class Explorer:
+    """A network on its device, and what can be asked of it. Its methods may be called from many threads at once."""
+
+    def __init__(self, weights: Weights, accelerator, fixed: list[str], sampling, place: Path) -> None:
+        """fixed: arguments that every command has; sampling: the module sample_ddpm; place: a folder for results."""
+        self.weights = KnownWeights(**vars(weights), digest=weights.sha256())
+        self.fixed, self.sampling, self.place, self.accelerator = fixed, sampling, place, accelerator
+        self.net = load_network(weights, accelerator.device)
+        mode = precision.mixed_precision(weights.config.sample.mixed_precision)
+        precision.set_determinism(precision.wants_determinism("auto"), tf32=mode != "no")
+        self._opening = threading.Lock()
+
+    def open(self, arguments: list[str]) -> tuple[Job, list[str]]:
+        """A request's job, and what to say of it. Raises InputError as sample_ddpm.py does on its command line."""
+        options, asked = self.sampling.parse([*self.fixed, *arguments])
+        check_count(options.n_samples)
+        where, given = asked[-1]  # the file of -c is in the weights' configuration already
+        given = {name: value for name, value in given.items() if not name.startswith("train.")}
+        weights = replace(self.weights, config=merge((where, given), base=self.weights.config))
+        keys, notes = self.sampling.settle(options, weights.config, asked)
+        conditions = read_conditions(options, weights.config, keys)
+        with self._opening:
+            return Job.open(options, weights, keys, self.accelerator, conditions), notes
+
+    def _command(self, arguments: list[str]) -> str:
+        return command(self.fixed, arguments, Path(self.sampling.__file__))
+
+    def _folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.place))
+
+    def sample(self, request: Request) -> Callable[[Work], Result]:
+        """Images, and how they came about. Wrong requests raise InputError here, before the work."""
+        arguments = request.arguments()
+        job, notes = self.open(arguments)
+        S, names = job.counts[0], ("x_t, what the sampler holds", "x0, what the network predicts")
+        n_frames = min(N_FRAMES, S)
+        moving = animated(arguments, n_frames)
+        played, _ = self.open(moving)
+
+        def work(work: Work) -> Result:
+            folder, kept = self._folder(), frame_steps(S, n_frames)
+            images, frames, x0 = self._drawn(job, work, range(job.options.n_samples), kept, names)
+            seconds = work.seconds
+            png = _overview(job, folder / "images", images)
+            strips = _written(folder / "strips", [strip(moments) for moments in frames])
+            webp = folder / "animation.webp"
+            write_animation(webp, played, strips)
+            panels = [Panel("images", png[0], _cost(work.evaluations, len(images), seconds)), Panel(names[1], grid(x0))]
+            text = f"# the picture\n{self._command(arguments)}\n# the animation\n{self._command(moving)}"
+            return Result(panels, text, [("picture (PNG)", png[1]), ("animation (WebP)", webp)], notes)
+
+        return work
+
+    def compare(self, first: Request, second: Request) -> Callable[[Work], Result]:
+        """Two requests from the same seed, one after the other, so that each has the machine for itself."""
+        both = [("A", first.arguments()), ("B", second.arguments())]
+        jobs = [(name, *self.open(arguments)) for name, arguments in both]
+
+        def work(work: Work) -> Result:
+            folder, panels, files = self._folder(), [], []
+            for name, job, _ in jobs:
+                title = f"{name}: {job.sample.sampler}, {job.counts[0]} {job.sample.skip_type} steps"
+                before, started = work.evaluations, work.seconds
+                images, *_ = self._drawn(job, work, range(job.options.n_samples), [], (title,), panels)
+                cost = _cost(work.evaluations - before, len(images), work.seconds - started)
+                picture, path = _overview(job, folder / name, images)
+                panels.append(Panel(title, picture, cost))
+                files.append((f"picture {name} (PNG)", path))
+            notes = list(dict.fromkeys(note for *_, told in jobs for note in told))
+            text = "\n".join(f"# {name}\n{self._command(arguments)}" for name, arguments in both)
+            return Result(panels, text, files, notes)
+
+        return work
+
+    def interpolate(self, request: Request) -> Callable[[Work], Result]:
+        """Points between the first image of one seed and that of another."""
+        request = replace(request, mode="interpolate", n_samples="2").deterministic(self.weights.config.sample)
+        arguments = request.arguments()
+        job, notes = self.open(arguments)
+        n = job.options.n_interpolate
+        cond = interpolated_conditions(job.encoded, n, False) if job.asked.entries else None
+
+        def work(work: Work) -> Result:
+            title, walk = "from one seed to the other", lambda job: interpolation(job.latents, n, False)
+            images, *_ = self._drawn(job, work, range(n), [], (title,), walk=walk, cond=cond, columns=n)
+            cost = _cost(work.evaluations, n, work.seconds)
+            picture, path = _overview(job, self._folder() / "row", [grid(images, n, padding=0)])
+            panels = [Panel(f"{n} points from seed {job.options.seed} to seed {job.options.seed_to}", picture, cost)]
+            return Result(panels, self._command(arguments), [("row (PNG)", path)], notes, list(images))
+
+        return work
+
+    def reconstruct(self, request: Request) -> Callable[[Work], Result]:
+        """An image encoded into the x_T that decodes to it, and decoded again."""
+        request = replace(request, mode="reconstruct", n_samples="1").deterministic(self.weights.config.sample)
+        arguments = request.arguments()
+        job, notes = self.open(arguments)
+
+        def work(work: Work) -> Result:
+            titles = ("x_t, decoded from its latent", "x0, what the network predicts")
+            given = [Panel("the image, as the network sees it", job.source[0])]
+            images, *_ = self._drawn(job, work, range(1), [], titles, given, walk=decoding)
+            cost, folder = _cost(work.evaluations, 1, work.seconds), self._folder()
+            _, path = _overview(job, folder / "pair", [strip(torch.stack([job.source[0], images[0]]))])
+            error = write_errors(folder / "errors.csv", [folder / "pair" / file_name(0)])
+            decoded = Panel("decoded from its latent", images[0], f"error per pixel {error:.2e} ([0, 1]^2); {cost}")
+            return Result([*given, decoded], self._command(arguments), [("both (PNG)", path)], notes)
+
+        return work
+
+    def _drawn(
+        self, job: Job, work: Work, indices: range, kept: list[int], titles: tuple[str, ...],
+        beside: list[Panel] | tuple = (), walk=lambda job: from_noise, cond=None, columns: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """(images [n, C, H, W], frames [n, F, C, H, W] at the steps `kept`, the last predictions of x0), all uint8.
+
+        titles: of x_t and, where there are two, of x0. beside: panels that are there already.
+        """
+        job = replace(job, net=Watched(self.net, work))
+        rows, S, frames = torch.tensor(list(indices)), job.counts[0], []
+        work.show(Seen([*beside], "starting", 0.0))
+        steps = trajectory(
+            job.net, job.process, job.sample, rows, job.options.seed, (cond or job.cond)(rows),
+            precision.DTYPES[job.precision], walk(job),
+        )  # fmt: skip
+        try:
+            for i, step in enumerate(steps):
+                if i in kept:
+                    frames.append(to_uint8(step.x).cpu())
+                panels = [Panel(title, _Later(value, columns)) for title, value in zip(titles, (step.x, step.x0))]
+                work.show(Seen([*beside, *panels], f"step {i + 1} of {S}, t = {step.t}", (i + 1) / S))
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise InputError(f"--n_samples {len(indices)}: too many for the device's memory: ask for fewer") from None
+        work.check()
+        moments = torch.stack(frames, dim=1) if frames else None
+        return to_uint8(step.x).cpu(), moments, to_uint8(step.x0).cpu()
+
+
+class _Later:
+    """A grid of images in [-1, 1] that is made only if somebody looks."""
+
+    def __init__(self, images: Tensor, columns: int | None) -> None:
+        self.images, self.columns = images, columns
+
+    def __call__(self) -> Tensor:
+        return grid(to_uint8(self.images).cpu(), self.columns)
+
+
+def _written(folder: Path, pictures) -> list[Path]:
+    folder.mkdir()
+    paths = [folder / file_name(i) for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures):
+        write_png(path, picture)
+    return paths
+
+
+def _overview(job: Job, folder: Path, pictures) -> tuple[Tensor, Path]:
+    """(what sample_ddpm.py writes as SAVE_DIR-grid.png, where it lies); the pictures themselves in `folder`."""
+    picture, path = overview(job, _written(folder, pictures)), folder.with_name(f"{folder.name}-grid.png")
+    write_png(path, picture)
+    return picture, path
+
+
+def _cost(evaluations: int, n: int, seconds: float) -> str:
+    return f"{seconds:.2f} s, {evaluations // n:,} network evaluations per image"
+
+
+def fixed_arguments(typed: str, weights: Weights, config_file: str | None, overrides: dict[str, str]) -> list[str]:
+    """The arguments that name these very weights, also after the run has gone on; and the keys given for all requests.
+
+    typed: --weights as it was given. overrides: dotted keys; those that the page has a field for are left to it.
+    """
+    place = Path(typed)
+    if (place / "ckpt").is_dir():
+        typed = str(weights.file.parent)
+    elif place.is_symlink():
+        typed = str(place.parent / place.resolve().name)
+    found = ["--weights", typed]
+    if weights.kind == "raw" and "EMA" in weights.kinds() and not place.is_file():
+        found += ["--load_ema", "false"]
+    if config_file:
+        found += ["-c", config_file]
+    fields = ("sampler", "skip_type", "skip_steps", "eta", "guidance_scale")
+    kept = {name: value for name, value in overrides.items() if name.removeprefix("sample.") not in fields}
+    return found + [word for name, value in kept.items() for word in (f"--{name}", value)]
+
+
+def tell(error: Exception) -> str:
+    """One line for an unexpected error; the traceback goes to the terminal."""
+    import traceback
+
+    cli.say("".join(traceback.format_exception(error)))
+    return f"internal error, {type(error).__name__}: the terminal that runs explore_ddpm.py shows it"
