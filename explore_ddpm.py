@@ -85,20 +85,23 @@ def serve(options: argparse.Namespace, weights, overrides: dict[str, str]) -> in
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(place))
 
     from utils import distributed
-    from utils.explorer.drawing import Explorer, fixed_arguments
+    from utils.explorer.drawing import Explorer
+    from utils.explorer.request import fixed_arguments
     from utils.explorer.watching import Works
 
     fixed = fixed_arguments(options.weights, weights, options.config, overrides)
     explorer = Explorer(weights, distributed.start(), fixed, sample_ddpm, place)
 
-    from utils.explorer import html, page
+    from utils.explorer import html, layout, upload
+    from utils.explorer.page import Page
 
     works = Works(N_AT_ONCE)
-    blocks = page.build(page.Page(explorer, works, Path(options.save_dir)))
+    blocks = layout.build(Page(explorer, works, Path(options.save_dir)))
     try:
         blocks.launch(
             server_name=options.host, server_port=options.port, share=False, quiet=True, prevent_thread_lock=True,
-            css=html.CSS, footer_links=[], max_file_size=page.MOST_BYTES, enable_monitoring=False, ssr_mode=False,
+            theme=layout.theme(), css=html.CSS, footer_links=[],
+            max_file_size=upload.MOST_BYTES, enable_monitoring=False, ssr_mode=False,
             pwa=False, mcp_server=False, run_history=False, head=html.HEAD,
         )  # fmt: skip
         cli.say(f"{weights.describe()}: http://{options.host}:{options.port} (Ctrl-C ends)")

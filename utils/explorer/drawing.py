@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,45 +14,17 @@ from torch import Tensor
 from diffusions.generate import frame_steps, from_noise, trajectory
 from diffusions.interpolation import interpolated_conditions, interpolation
 from diffusions.pixels import to_uint8
-from utils import cli, precision
+from utils import precision
 from utils.captions import read_conditions
 from utils.config import merge
 from utils.errors import InputError
 from utils.explorer.request import N_FRAMES, Request, animated, check_count, command
+from utils.explorer.results import Later, Made, Panel, Result, Seen
 from utils.explorer.watching import Watched, Work
 from utils.images import file_name, grid, strip, write_png
 from utils.overview import overview, write_animation, write_errors
 from utils.pictures import Job, decoding
 from utils.weights import Weights, load_network
-
-
-@dataclass
-class Panel:
-    """One picture and what stands above and beneath it."""
-
-    title: str
-    picture: Tensor  # uint8 [C, H, W]
-    caption: str = ""
-
-
-@dataclass
-class Seen:
-    """What there is to see while a request is drawn."""
-
-    panels: list[Panel]
-    stage: str  # what is being done
-    share: float  # of it, 0 to 1
-
-
-@dataclass
-class Result:
-    """What a request has made."""
-
-    panels: list[Panel]
-    command: str
-    files: list[tuple[str, Path]] = field(default_factory=list)  # (what it is, where it lies)
-    notes: list[str] = field(default_factory=list)
-    points: list[Tensor] = field(default_factory=list)  # of an interpolation, uint8 [C, H, W]
 
 
 @dataclass
@@ -99,7 +71,7 @@ class Explorer:
         """Images, and how they came about. Wrong requests raise InputError here, before the work."""
         arguments = request.arguments()
         job, notes = self.open(arguments)
-        S, names = job.counts[0], ("x_t, what the sampler holds", "x0, what the network predicts")
+        S, names = job.counts[0], ("x_t: noise that becomes images", "predicted x0: what the network sees in it")
         n_frames = min(N_FRAMES, S)
         moving = animated(arguments, n_frames)
         played, _ = self.open(moving)
@@ -113,8 +85,9 @@ class Explorer:
             webp = folder / "animation.webp"
             write_animation(webp, played, strips)
             panels = [Panel("images", png[0], _cost(work.evaluations, len(images), seconds)), Panel(names[1], grid(x0))]
-            text = f"# the picture\n{self._command(arguments)}\n# the animation\n{self._command(moving)}"
-            return Result(panels, text, [("picture (PNG)", png[1]), ("animation (WebP)", webp)], notes)
+            files = [Made("picture, PNG", png[1], self._command(arguments))]
+            files.append(Made("animation, WebP", webp, self._command(moving)))
+            return Result(panels, files, work.seconds, notes)
 
         return work
 
@@ -125,17 +98,16 @@ class Explorer:
 
         def work(work: Work) -> Result:
             folder, panels, files = self._folder(), [], []
-            for name, job, _ in jobs:
+            for (name, arguments), (_, job, _) in zip(both, jobs):
                 title = f"{name}: {job.sample.sampler}, {job.counts[0]} {job.sample.skip_type} steps"
                 before, started = work.evaluations, work.seconds
                 images, *_ = self._drawn(job, work, range(job.options.n_samples), [], (title,), panels)
                 cost = _cost(work.evaluations - before, len(images), work.seconds - started)
                 picture, path = _overview(job, folder / name, images)
                 panels.append(Panel(title, picture, cost))
-                files.append((f"picture {name} (PNG)", path))
+                files.append(Made(f"{name}, PNG", path, self._command(arguments)))
             notes = list(dict.fromkeys(note for *_, told in jobs for note in told))
-            text = "\n".join(f"# {name}\n{self._command(arguments)}" for name, arguments in both)
-            return Result(panels, text, files, notes)
+            return Result(panels, files, work.seconds, notes)
 
         return work
 
@@ -153,7 +125,7 @@ class Explorer:
             cost = _cost(work.evaluations, n, work.seconds)
             picture, path = _overview(job, self._folder() / "row", [grid(images, n, padding=0)])
             panels = [Panel(f"{n} points from seed {job.options.seed} to seed {job.options.seed_to}", picture, cost)]
-            return Result(panels, self._command(arguments), [("row (PNG)", path)], notes, list(images))
+            return Result(panels, [Made("row, PNG", path, self._command(arguments))], work.seconds, notes, list(images))
 
         return work
 
@@ -164,14 +136,17 @@ class Explorer:
         job, notes = self.open(arguments)
 
         def work(work: Work) -> Result:
-            titles = ("x_t, decoded from its latent", "x0, what the network predicts")
+            titles = ("x_t: decoded from its latent", "predicted x0")
             given = [Panel("the image, as the network sees it", job.source[0])]
             images, *_ = self._drawn(job, work, range(1), [], titles, given, walk=decoding)
             cost, folder = _cost(work.evaluations, 1, work.seconds), self._folder()
             _, path = _overview(job, folder / "pair", [strip(torch.stack([job.source[0], images[0]]))])
             error = write_errors(folder / "errors.csv", [folder / "pair" / file_name(0)])
-            decoded = Panel("decoded from its latent", images[0], f"error per pixel {error:.2e} ([0, 1]^2); {cost}")
-            return Result([*given, decoded], self._command(arguments), [("both (PNG)", path)], notes)
+            decoded = Panel(
+                "decoded from its latent", images[0], f"mean squared error {error:.1e}, pixels in [0, 1]; {cost}"
+            )
+            files = [Made("both, PNG", path, self._command(arguments))]
+            return Result([*given, decoded], files, work.seconds, notes)
 
         return work
 
@@ -194,24 +169,14 @@ class Explorer:
             for i, step in enumerate(steps):
                 if i in kept:
                     frames.append(to_uint8(step.x).cpu())
-                panels = [Panel(title, _Later(value, columns)) for title, value in zip(titles, (step.x, step.x0))]
-                work.show(Seen([*beside, *panels], f"step {i + 1} of {S}, t = {step.t}", (i + 1) / S))
+                shown = [Panel(title, Later(value, columns)) for title, value in zip(titles, (step.x, step.x0))]
+                work.show(Seen([*beside, *shown], f"step {i + 1} of {S}, t = {step.t}", (i + 1) / S))
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise InputError(f"--n_samples {len(indices)}: too many for the device's memory: ask for fewer") from None
         work.check()
         moments = torch.stack(frames, dim=1) if frames else None
         return to_uint8(step.x).cpu(), moments, to_uint8(step.x0).cpu()
-
-
-class _Later:
-    """A grid of images in [-1, 1] that is made only if somebody looks."""
-
-    def __init__(self, images: Tensor, columns: int | None) -> None:
-        self.images, self.columns = images, columns
-
-    def __call__(self) -> Tensor:
-        return grid(to_uint8(self.images).cpu(), self.columns)
 
 
 def _written(folder: Path, pictures) -> list[Path]:
@@ -231,31 +196,3 @@ def _overview(job: Job, folder: Path, pictures) -> tuple[Tensor, Path]:
 
 def _cost(evaluations: int, n: int, seconds: float) -> str:
     return f"{seconds:.2f} s, {evaluations // n:,} network evaluations per image"
-
-
-def fixed_arguments(typed: str, weights: Weights, config_file: str | None, overrides: dict[str, str]) -> list[str]:
-    """The arguments that name these very weights, also after the run has gone on; and the keys given for all requests.
-
-    typed: --weights as it was given. overrides: dotted keys; those that the page has a field for are left to it.
-    """
-    place = Path(typed)
-    if (place / "ckpt").is_dir():
-        typed = str(weights.file.parent)
-    elif place.is_symlink():
-        typed = str(place.parent / place.resolve().name)
-    found = ["--weights", typed]
-    if weights.kind == "raw" and "EMA" in weights.kinds() and not place.is_file():
-        found += ["--load_ema", "false"]
-    if config_file:
-        found += ["-c", config_file]
-    fields = ("sampler", "skip_type", "skip_steps", "eta", "guidance_scale")
-    kept = {name: value for name, value in overrides.items() if name.removeprefix("sample.") not in fields}
-    return found + [word for name, value in kept.items() for word in (f"--{name}", value)]
-
-
-def tell(error: Exception) -> str:
-    """One line for an unexpected error; the traceback goes to the terminal."""
-    import traceback
-
-    cli.say("".join(traceback.format_exception(error)))
-    return f"internal error, {type(error).__name__}: the terminal that runs explore_ddpm.py shows it"

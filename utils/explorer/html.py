@@ -20,6 +20,10 @@ CSS = """
 .panels { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
 .panel { flex: 1 1 240px; min-width: 0; max-width: 460px; margin: 0; }
 .panel.wide { flex-basis: 100%; max-width: 100%; }
+#point-picture .panel { max-width: 220px; }
+.html-container:has(> .prose > .panels), #status { padding: 0; }
+textarea { font-variant-ligatures: none; }
+.command textarea { font-family: var(--font-mono); font-size: 0.85em; }
 .panel .above { font-weight: 600; margin-bottom: 6px; }
 .panel img { display: block; width: 100%; height: auto; image-rendering: pixelated; background: #fff;
   border: 1px solid var(--border-color-primary); border-radius: 4px; }

@@ -7,9 +7,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.constraints import STOCHASTIC, TAKES_ETA
 from utils.errors import InputError
+
+if TYPE_CHECKING:
+    from utils.weights import Weights
 
 MOST_IMAGES = 64  # at a time: one micro-batch of sample_ddpm.py, whose images these are bit for bit
 N_POINTS = 11  # of an interpolation
@@ -96,3 +100,23 @@ def command(fixed: Sequence[str], arguments: Sequence[str], script: Path) -> str
     name = script.name if Path(script.name).resolve() == script.resolve() else str(script)
     words = [*fixed, *arguments, "--save_dir", save_dir([*fixed, *arguments])]
     return shlex.join(["python", name, *words])
+
+
+def fixed_arguments(typed: str, weights: Weights, config_file: str | None, overrides: dict[str, str]) -> list[str]:
+    """The arguments that name these very weights, also after the run has gone on; and the keys given for all requests.
+
+    typed: --weights as it was given. overrides: dotted keys; those that the page has a field for are left to it.
+    """
+    place = Path(typed)
+    if (place / "ckpt").is_dir():
+        typed = str(weights.file.parent)
+    elif place.is_symlink():
+        typed = str(place.parent / place.resolve().name)
+    found = ["--weights", typed]
+    if weights.kind == "raw" and "EMA" in weights.kinds() and not place.is_file():
+        found += ["--load_ema", "false"]
+    if config_file:
+        found += ["-c", config_file]
+    fields = ("sampler", "skip_type", "skip_steps", "eta", "guidance_scale")
+    kept = {name: value for name, value in overrides.items() if name.removeprefix("sample.") not in fields}
+    return found + [word for name, value in kept.items() for word in (f"--{name}", value)]
