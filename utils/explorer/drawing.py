@@ -71,7 +71,7 @@ class Explorer:
         """Images, and how they came about. Wrong requests raise InputError here, before the work."""
         arguments = request.arguments()
         job, notes = self.open(arguments)
-        S, names = job.counts[0], ("x_t: noise that becomes images", "predicted x0: what the network sees in it")
+        S, names = job.counts[0], ("x_t", "predicted x0")
         n_frames = min(N_FRAMES, S)
         moving = animated(arguments, n_frames)
         played, _ = self.open(moving)
@@ -117,7 +117,9 @@ class Explorer:
         arguments = request.arguments()
         job, notes = self.open(arguments)
         n = job.options.n_interpolate
-        cond = interpolated_conditions(job.encoded, n, False) if job.asked.entries else None
+
+        def cond(job: Job):
+            return interpolated_conditions(job.encoded, n, False) if job.asked.entries else job.cond
 
         def work(work: Work) -> Result:
             title, walk = "from one seed to the other", lambda job: interpolation(job.latents, n, False)
@@ -152,7 +154,7 @@ class Explorer:
 
     def _drawn(
         self, job: Job, work: Work, indices: range, kept: list[int], titles: tuple[str, ...],
-        beside: list[Panel] | tuple = (), walk=lambda job: from_noise, cond=None, columns: int | None = None,
+        beside: list[Panel] | tuple = (), walk=lambda job: from_noise, cond=lambda job: job.cond, columns: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """(images [n, C, H, W], frames [n, F, C, H, W] at the steps `kept`, the last predictions of x0), all uint8.
 
@@ -162,7 +164,7 @@ class Explorer:
         rows, S, frames = torch.tensor(list(indices)), job.counts[0], []
         work.show(Seen([*beside], "starting", 0.0))
         steps = trajectory(
-            job.net, job.process, job.sample, rows, job.options.seed, (cond or job.cond)(rows),
+            job.net, job.process, job.sample, rows, job.options.seed, cond(job)(rows),
             precision.DTYPES[job.precision], walk(job),
         )  # fmt: skip
         try:

@@ -21,7 +21,7 @@ CSS = """
 .panel { flex: 1 1 240px; min-width: 0; max-width: 460px; margin: 0; }
 .panel.wide { flex-basis: 100%; max-width: 100%; }
 #point-picture .panel { max-width: 220px; }
-.html-container:has(> .prose > .panels), #status { padding: 0; }
+.html-container:has(> .prose > .panels), #status .html-container, #status.html-container { padding: 0; }
 textarea { font-variant-ligatures: none; }
 .command textarea { font-family: var(--font-mono); font-size: 0.85em; }
 .panel .above { font-weight: 600; margin-bottom: 6px; }

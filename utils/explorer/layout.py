@@ -98,12 +98,17 @@ def _sampling_fields(config, prefix: str, ids: str, steps: str) -> list:
             f"1 to {config.diffusion.total_steps:,}",
             "noise that ddim adds: 0 none, 1 as DDPM",
         ]
-    sampler = gr.Dropdown(samplers, value=own.sampler, label=f"{prefix}Sampler", info=about[0], elem_id=f"{ids}sampler")
+    sampler = gr.Dropdown(
+        samplers, value=own.sampler, label=f"{prefix}Sampler", info=about[0], elem_id=f"{ids}sampler", render=False
+    )
+    if not prefix:
+        sampler.render()
     with gr.Row():
+        if prefix:
+            sampler.render()
         skip_steps = gr.Textbox(steps, label=f"{prefix}Steps", info=about[2], elem_id=f"{ids}steps", min_width=100)
-        skip_types = list(KEYS["sample.skip_type"].choices)
         skip_type = gr.Dropdown(
-            skip_types, value=own.skip_type, label=f"{prefix}Spacing (skip type)", info=about[1],
+            list(KEYS["sample.skip_type"].choices), value=own.skip_type, label=f"{prefix}Skip type", info=about[1],
             elem_id=f"{ids}skip-type", min_width=100,
         )  # fmt: skip
     eta = gr.Slider(0, 1, own.eta, step=0.05, label=f"{prefix}eta", info=about[3], elem_id=f"{ids}eta")

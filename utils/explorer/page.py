@@ -111,7 +111,7 @@ class Page:
         off, outputs = gr.update(visible=False), []
         for made in result.files:
             outputs.append(gr.update(value=str(made.path), label=f"Download {made.name}", visible=True))
-            outputs.append(gr.update(value=made.command, label=f"Command for {made.name}", visible=True))
+            outputs.append(gr.update(value=made.command, label=f"The command that makes it: {made.name}", visible=True))
         outputs += [off] * (4 - len(outputs))
         middle = len(result.points) // 2
         slider = gr.update(value=middle, visible=True) if result.points else off
