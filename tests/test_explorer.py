@@ -3,6 +3,7 @@
 import ast
 import io
 import shlex
+import socket
 import struct
 import threading
 import time
@@ -19,7 +20,7 @@ from PIL import Image
 
 import explore_ddpm
 import sample_ddpm
-from utils import config, distributed
+from utils import distributed
 from utils.errors import InputError
 from utils.explorer import html
 from utils.explorer.drawing import Explorer
@@ -101,10 +102,8 @@ def test_the_command_makes_the_very_files(name: str, explorers, tmp_path: Path) 
     result = drawn(explorers(network).sample(request))
     picture, animation = result.files
     assert [picture.path.read_bytes()] == repeat(picture, tmp_path)
-    assert animation.path.read_bytes() == repeat(animation, tmp_path)[1 - 1 if animation.path.suffix == ".png" else -1]
+    assert animation.path.read_bytes() == repeat(animation, tmp_path)[1]
     assert Image.open(animation.path).n_frames > 1
-    folder = next((tmp_path / "out").glob("explorer-????????"))
-    assert len(list((tmp_path / "out").glob("explorer-????????"))) == 2 and folder.is_dir()
 
 
 def test_what_is_on_the_page_is_what_is_downloaded(explorers) -> None:
@@ -121,13 +120,7 @@ def test_compare_from_the_same_noise(explorers, tmp_path: Path) -> None:
     result = drawn(explorer.compare(PLAIN, second))
     assert [made.path.read_bytes() for made in result.files] == [repeat(made, tmp_path)[0] for made in result.files]
     assert [panel.title for panel in result.panels] == ["A: ddim, 5 trailing steps", "B: heun, 3 trailing steps"]
-    assert [
-        "5 network evaluations" in result.panels[0].caption,
-        "5 network evaluations" in result.panels[1].caption,
-    ] == [
-        True,
-        True,
-    ]
+    assert all("5 network evaluations" in panel.caption for panel in result.panels)  # heun: two a step but the last
     assert not torch.equal(result.panels[0].picture, result.panels[1].picture)
 
 
@@ -274,15 +267,15 @@ def bomb(name: str) -> bytes:
     if name == "line":
         return png(20_000_000, 1, bytes(20_000_001))
     data = io.BytesIO()
-    Image.new("L", (9, 9)).save(data, "PNG")
-    return {"cut": data.getvalue()[:50], "text": b"not an image", "none": b""}[name]
+    Image.effect_noise((64, 64), 90).save(data, "PNG")
+    return {"cut": data.getvalue()[:2000], "text": b"not an image", "none": b""}[name]
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("pixels", "declares 5000x5001 pixels; at most 25,000,000"),
-        ("huge", "declares 60000x60000 pixels"),
+        ("huge", "3600000000 pixels"),
         ("bytes", "bytes; at most 10,485,760 are read"),
         ("cut", "can't be read"),
         ("text", "can't be read"),
@@ -392,7 +385,7 @@ def test_html_quotes_what_users_wrote() -> None:
 
 def test_wrong_command_lines(explorers, tmp_path: Path, monkeypatch) -> None:
     weights = explorers("plain").fixed[1]
-    busy = __import__("socket").socket()
+    busy = socket.socket()
     busy.bind(("127.0.0.1", 0))
     busy.listen()
     monkeypatch.setattr(explore_ddpm.importlib.util, "find_spec", lambda name: True)
@@ -431,7 +424,3 @@ def test_only_the_page_imports_gradio() -> None:
             if any(name and name.split(".")[0] == "gradio" for name in names):
                 found.add(str(path.relative_to(ROOT)))
     assert found == {"utils/explorer/page.py", "utils/explorer/layout.py"}
-
-
-def test_config_has_the_words_of_the_page() -> None:
-    assert {"ddim", "fixed-large"} <= set(config.KEYS["sample.sampler"].choices)

@@ -154,7 +154,8 @@ class Explorer:
 
     def _drawn(
         self, job: Job, work: Work, indices: range, kept: list[int], titles: tuple[str, ...],
-        beside: list[Panel] | tuple = (), walk=lambda job: from_noise, cond=lambda job: job.cond, columns: int | None = None,
+        beside: list[Panel] | tuple = (), walk=lambda job: from_noise, cond=lambda job: job.cond,
+        columns: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """(images [n, C, H, W], frames [n, F, C, H, W] at the steps `kept`, the last predictions of x0), all uint8.
 
