@@ -84,7 +84,10 @@ class Explorer:
             strips = _written(folder / "strips", [strip(moments) for moments in frames])
             webp = folder / "animation.webp"
             write_animation(webp, played, strips)
-            panels = [Panel("images", png[0], _cost(work.evaluations, len(images), seconds)), Panel(names[1], grid(x0))]
+            panels = [
+                Panel("images", png[0], _cost(work.evaluations, len(images), seconds)),
+                Panel(names[1], _overview(job, folder / "x0", x0)[0]),
+            ]
             files = [Made("picture, PNG", png[1], self._command(arguments))]
             files.append(Made("animation, WebP", webp, self._command(moving)))
             return Result(panels, files, work.seconds, notes)
