@@ -90,12 +90,12 @@ def serve(options: argparse.Namespace, weights, overrides: dict[str, str]) -> in
     from utils.explorer.watching import Works
 
     fixed = fixed_arguments(options.weights, weights, options.config, overrides)
-    explorer = Explorer(weights, distributed.start(), fixed, sample_ddpm, place)
+    explorer = Explorer(weights, distributed.start(), fixed, sample_ddpm)
 
     from utils.explorer import html, layout, upload
     from utils.explorer.page import Page
 
-    works = Works(N_AT_ONCE)
+    works = Works(N_AT_ONCE, place)
     blocks = layout.build(Page(explorer, works, Path(options.save_dir)))
     try:
         blocks.launch(

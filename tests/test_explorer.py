@@ -20,7 +20,7 @@ from PIL import Image
 
 import explore_ddpm
 import sample_ddpm
-from utils import distributed
+from utils import config, distributed
 from utils.errors import InputError
 from utils.explorer import html
 from utils.explorer.drawing import Explorer
@@ -28,7 +28,8 @@ from utils.explorer.request import MOST_IMAGES, Request, command, fixed_argument
 from utils.explorer.results import Panel
 from utils.explorer.upload import MOST_BYTES, MOST_PIXELS, save_upload
 from utils.explorer.watching import Stopped, Watched, Work, Works
-from utils.weights import open_weights
+from utils.images import read_png
+from utils.weights import Weights, open_weights
 
 NETWORKS = {
     "plain": {"sample__sampler": "fixed-small"},
@@ -68,9 +69,8 @@ def explorers(tmp_path_factory: pytest.TempPathFactory):
         if name not in made:
             file = random_weights(place / name, **NETWORKS[name])
             weights = open_weights(str(file), None, [])
-            (place / f"{name}-results").mkdir()
             fixed = fixed_arguments(str(file), weights, None, {})
-            made[name] = Explorer(weights, distributed.start(), fixed, sample_ddpm, place / f"{name}-results")
+            made[name] = Explorer(weights, distributed.start(), fixed, sample_ddpm)
         return made[name]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -81,10 +81,16 @@ def explorers(tmp_path_factory: pytest.TempPathFactory):
         torch.use_deterministic_algorithms(deterministic)
 
 
-def drawn(function):
-    """The result of a checked request."""
-    with ThreadPoolExecutor(1) as pool:
-        return Work(pool, function).result(60)
+@pytest.fixture
+def drawn(tmp_path_factory: pytest.TempPathFactory):
+    """A checked request -> its result."""
+    place = tmp_path_factory.mktemp("results")
+
+    def draw(function):
+        with ThreadPoolExecutor(1) as pool:
+            return Work(pool, function, place).result(60)
+
+    return draw
 
 
 def repeat(made, cwd: Path) -> list[bytes]:
@@ -97,7 +103,7 @@ def repeat(made, cwd: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_the_command_makes_the_very_files(name: str, explorers, tmp_path: Path) -> None:
+def test_the_command_makes_the_very_files(name: str, explorers, drawn, tmp_path: Path) -> None:
     network, request = SAMPLED[name]
     result = drawn(explorers(network).sample(request))
     picture, animation = result.files
@@ -106,7 +112,7 @@ def test_the_command_makes_the_very_files(name: str, explorers, tmp_path: Path) 
     assert Image.open(animation.path).n_frames > 1
 
 
-def test_what_is_on_the_page_is_what_is_downloaded(explorers) -> None:
+def test_what_is_on_the_page_is_what_is_downloaded(explorers, drawn) -> None:
     result = drawn(explorers("plain").sample(PLAIN))
     shown = result.panels[0].picture
     stored = torch.frombuffer(bytearray(Image.open(result.files[0].path).tobytes()), dtype=torch.uint8)
@@ -114,7 +120,7 @@ def test_what_is_on_the_page_is_what_is_downloaded(explorers) -> None:
     assert "5 network evaluations per image" in result.panels[0].caption
 
 
-def test_compare_from_the_same_noise(explorers, tmp_path: Path) -> None:
+def test_compare_from_the_same_noise(explorers, drawn, tmp_path: Path) -> None:
     explorer = explorers("rgb")
     second = Request("heun", "trailing", "3", n_samples="5")
     result = drawn(explorer.compare(PLAIN, second))
@@ -125,7 +131,7 @@ def test_compare_from_the_same_noise(explorers, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("network", ["plain", "text"])
-def test_interpolate_between_two_seeds(network: str, explorers, tmp_path: Path) -> None:
+def test_interpolate_between_two_seeds(network: str, explorers, drawn, tmp_path: Path) -> None:
     explorer = explorers(network)
     request = Request(explorer.weights.config.sample.sampler, "trailing", "5", seed="3", seed_to="9", prompts="")
     if network == "text":
@@ -137,11 +143,11 @@ def test_interpolate_between_two_seeds(network: str, explorers, tmp_path: Path) 
         alone = Request(
             "ddim", "trailing", "5", guidance_scale=2.0, seed=seed, prompts=prompt if request.prompts else ""
         )
-        end = drawn(explorer.sample(alone)).panels[1].picture  # the last prediction of x0 is the image
+        end = read_png(drawn(explorer.sample(alone)).files[0].path.with_name("images") / "000000.png")
         assert (end.int() - point.int()).abs().max() <= 1  # fp32 in another batch
 
 
-def test_reconstruct_an_upload(explorers, tmp_path: Path) -> None:
+def test_reconstruct_an_upload(explorers, drawn, tmp_path: Path) -> None:
     explorer = explorers("rgb")
     Image.effect_noise((40, 30), 90).convert("RGBA").save(tmp_path / "mine.png")
     source = save_upload(str(tmp_path / "mine.png"), tmp_path / "kept", 3, 8)
@@ -192,7 +198,7 @@ def test_prompts_can_not_smuggle_options(explorers) -> None:
     assert one(" -5 ", "seed") == "-5"  # a number, which argparse tells is none of at least 0
 
 
-def test_chosen_noisy_samplers_are_refused_where_latents_decide(explorers) -> None:
+def test_chosen_noisy_samplers_are_refused_where_latents_decide(explorers, drawn) -> None:
     explorer = explorers("plain")  # its own is fixed-small, which gives way
     assert (
         "--sampler ddim"
@@ -227,12 +233,15 @@ def test_seed_to_of_the_command_line(explorers, tmp_path: Path) -> None:
             assert max(abs(a - b) for a, b in pairs) <= 1
 
 
-def test_the_command_names_the_weights_that_were_shown(trained: Path, tmp_path: Path) -> None:
-    weights = open_weights(str(trained), False, [])
+def test_the_command_names_the_weights_that_were_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "ckpt" / "step000012"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+    weights = Weights(folder / "model.safetensors", config.merge(), "raw", "step000012", tmp_path)
     overrides = {"sample.clip_denoised": "false", "sample.eta": "0.5"}
-    fixed = fixed_arguments(str(trained), weights, None, overrides)
+    fixed = fixed_arguments(str(tmp_path / "run"), weights, None, overrides)
     assert fixed == [
-        *("--weights", str(trained / "ckpt/step000012"), "--load_ema", "false"),
+        *("--weights", str(folder), "--load_ema", "false"),
         *("--sample.clip_denoised", "false"),  # eta has a field
     ]
     text = command(fixed, ["--seed", "1"], ROOT / "sample_ddpm.py")
@@ -301,23 +310,22 @@ def test_no_upload_and_a_line_of_pixels(tmp_path: Path) -> None:
     assert Image.open(save_upload(str(tmp_path / "line.png"), tmp_path, 3, 8) / "000000.png").size == (8, 8)
 
 
-def test_stop_ends_the_work_at_the_next_evaluation(explorers) -> None:
+def test_stop_ends_the_work_at_the_next_evaluation(explorers, tmp_path: Path) -> None:
     explorer, seen = explorers("plain"), threading.Event()
     function = explorer.sample(Request("ddim", "trailing", "20", n_samples="4"))
     with ThreadPoolExecutor(1) as pool:
-        work = Work(pool, function)
-        slow = Watched(explorer.net, work)
-        explorer_net, explorer.net = explorer.net, Slow(explorer.net, seen)
+        net, explorer.net = explorer.net, Slow(explorer.net, seen)
         try:
+            work = Work(pool, function, tmp_path)
             assert seen.wait(30)
             work.stop()
             with pytest.raises(Stopped):
                 work.result(30)
         finally:
-            explorer.net = explorer_net
-        assert work.evaluations < 20 * 4 and not work.running
+            explorer.net = net
+        assert 0 < work.evaluations < 20 * 4 and not work.running
         with pytest.raises(Stopped):
-            slow(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
+            Watched(net, work)(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
 
 
 class Slow:
@@ -335,7 +343,7 @@ class Slow:
         return getattr(self._net, name)
 
 
-def test_followers_see_it_come_and_their_going_stops_it() -> None:
+def test_followers_see_it_come_and_their_going_stops_it(tmp_path: Path) -> None:
     def count(work: Work) -> int:
         for i in range(200):
             work.check()
@@ -343,7 +351,7 @@ def test_followers_see_it_come_and_their_going_stops_it() -> None:
             time.sleep(0.02)
         return 200
 
-    works = Works(2)
+    works = Works(2, tmp_path)
     follower = works.start("one", count).follow()
     seen = [next(follower) for _ in range(4)]
     assert [value for value in seen if value is not None] == sorted({value for value in seen if value is not None})
@@ -360,13 +368,14 @@ def test_followers_see_it_come_and_their_going_stops_it() -> None:
     works.leave("two")
     assert works.of("two") is None
     works.close()
+    assert not any(tmp_path.iterdir())
 
 
-def test_errors_inside_the_work_reach_its_follower() -> None:
+def test_errors_inside_the_work_reach_its_follower(tmp_path: Path) -> None:
     def fail(work: Work) -> None:
         raise RuntimeError("out of luck")
 
-    works = Works(1)
+    works = Works(1, tmp_path)
     work = works.start("one", fail)
     list(work.follow())
     with pytest.raises(RuntimeError, match="out of luck"):

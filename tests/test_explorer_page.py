@@ -1,12 +1,15 @@
-"""The explorer's page in headless Chromium, as a visitor uses it; skipped where gradio, playwright or Chromium is missing."""
+"""The explorer's page in headless Chromium, as a visitor uses it; skipped where that or what it needs is missing."""
 
 import importlib.util
+import os
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -17,6 +20,7 @@ from PIL import Image
 from test_explorer import bomb
 
 import sample_ddpm
+from utils.explorer.upload import MOST_BYTES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
@@ -27,7 +31,7 @@ SECONDS = 60  # that anything may take here [s]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory):
-    """(address, weights, folder): a page of a small network with T = 1000, in a process of its own."""
+    """(address, weights, folder, process id): a page of a small network with T = 1000, in a process of its own."""
     place = tmp_path_factory.mktemp("page")
     weights = random_weights(place / "net", diffusion__total_steps=1000, sample__skip_steps=40)
     with socket.socket() as free:
@@ -41,7 +45,7 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     while f"http://127.0.0.1:{port}" not in (place / "log.txt").read_text():
         assert process.poll() is None and time.monotonic() - began < SECONDS, (place / "log.txt").read_text()
         time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}/", weights, place
+    yield f"http://127.0.0.1:{port}/", weights, place, process.pid
     process.terminate()
     assert process.wait(30) == 143
     text = (place / "log.txt").read_text()
@@ -128,13 +132,13 @@ def visitor(browser, served):
 
 
 def test_sample_with_frames_on_the_way(visitor: Visitor, tmp_path: Path) -> None:
-    visitor.fill("steps", "400")
+    visitor.fill("steps", "200")
     visitor.choose("sampler", "fixed-large")
     visitor.press("run-sample")
     assert len(visitor.frames(4)) == 4
-    assert "of 400, t = " in visitor.said("step") and len(visitor.pictures()) == 2
+    assert "of 200, t = " in visitor.said("step") and len(visitor.pictures()) == 2
     visitor.said("done in")
-    assert len(visitor.pictures()) == 2 and "400 network evaluations per image" in visitor.page.inner_text("#stage")
+    assert len(visitor.pictures()) == 2 and "200 network evaluations per image" in visitor.page.inner_text("#stage")
     assert visitor.repeats(1, tmp_path, "grid.png")
     assert visitor.repeats(2, tmp_path, "animation.webp")
     assert "fixed-large" in visitor.command(1)
@@ -183,7 +187,7 @@ def test_upload_reconstruct_and_bombs(visitor: Visitor, served, tmp_path: Path) 
     assert "declares 5000x5001 pixels" in visitor.said("error:")
     visitor.page.click("#upload [aria-label='Clear']")
     visitor.page.set_input_files("#upload input[type=file]", tmp_path / "heavy.png")
-    visitor.page.get_by_text("exceeds the maximum").first.wait_for()  # the server takes no more than that
+    visitor.page.get_by_text("exceed the maximum").first.wait_for()  # the server takes no more than that
     visitor.press("run-sample", tab="Sample")  # nothing is broken
     visitor.said("done in")
 
@@ -226,6 +230,40 @@ def test_a_long_job_freezes_nobody(visitor: Visitor, browser, served) -> None:
     other.page.context.close()
     visitor.press("stop")
     visitor.said("stopped")
+
+
+def test_who_leaves_stops_the_job(browser, served) -> None:
+    visitor = Visitor(browser, served[0])
+    long_job(visitor)
+    busy = cpu_seconds(served[3])
+    time.sleep(1)
+    assert cpu_seconds(served[3]) - busy > 0.3
+    visitor.page.context.close()
+    began = time.monotonic()
+    while True:
+        before = cpu_seconds(served[3])
+        time.sleep(1)
+        if cpu_seconds(served[3]) - before < 0.1:
+            break
+        assert time.monotonic() - began < 30
+
+
+def cpu_seconds(pid: int) -> float:
+    """Computing time of a process so far [s]."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_the_server_itself_takes_no_large_file(served) -> None:
+    for size, status in ((1000, 200), (MOST_BYTES + 1, 413)):
+        head = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head.encode() + bytes(size) + b"\r\n--x--\r\n"
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        request = urllib.request.Request(f"{served[0]}gradio_api/upload", body, kind)
+        try:
+            assert urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).status == status
+        except urllib.error.HTTPError as error:
+            assert error.code == status
 
 
 def test_wrong_input_is_told_in_the_words_of_the_command_line(visitor: Visitor, served, tmp_path: Path) -> None:

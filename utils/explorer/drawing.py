@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,10 +39,10 @@ class KnownWeights(Weights):
 class Explorer:
     """A network on its device, and what can be asked of it. Its methods may be called from many threads at once."""
 
-    def __init__(self, weights: Weights, accelerator, fixed: list[str], sampling, place: Path) -> None:
-        """fixed: arguments that every command has; sampling: the module sample_ddpm; place: a folder for results."""
+    def __init__(self, weights: Weights, accelerator, fixed: list[str], sampling) -> None:
+        """fixed: arguments that every command has; sampling: the module sample_ddpm."""
         self.weights = KnownWeights(**vars(weights), digest=weights.sha256())
-        self.fixed, self.sampling, self.place, self.accelerator = fixed, sampling, place, accelerator
+        self.fixed, self.sampling, self.accelerator = fixed, sampling, accelerator
         self.net = load_network(weights, accelerator.device)
         mode = precision.mixed_precision(weights.config.sample.mixed_precision)
         precision.set_determinism(precision.wants_determinism("auto"), tf32=mode != "no")
@@ -64,9 +63,6 @@ class Explorer:
     def _command(self, arguments: list[str]) -> str:
         return command(self.fixed, arguments, Path(self.sampling.__file__))
 
-    def _folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.place))
-
     def sample(self, request: Request) -> Callable[[Work], Result]:
         """Images, and how they came about. Wrong requests raise InputError here, before the work."""
         arguments = request.arguments()
@@ -77,7 +73,7 @@ class Explorer:
         played, _ = self.open(moving)
 
         def work(work: Work) -> Result:
-            folder, kept = self._folder(), frame_steps(S, n_frames)
+            folder, kept = work.folder, frame_steps(S, n_frames)
             images, frames, x0 = self._drawn(job, work, range(job.options.n_samples), kept, names)
             seconds = work.seconds
             png = _overview(job, folder / "images", images)
@@ -100,7 +96,7 @@ class Explorer:
         jobs = [(name, *self.open(arguments)) for name, arguments in both]
 
         def work(work: Work) -> Result:
-            folder, panels, files = self._folder(), [], []
+            folder, panels, files = work.folder, [], []
             for (name, arguments), (_, job, _) in zip(both, jobs):
                 title = f"{name}: {job.sample.sampler}, {job.counts[0]} {job.sample.skip_type} steps"
                 before, started = work.evaluations, work.seconds
@@ -128,7 +124,7 @@ class Explorer:
             title, walk = "from one seed to the other", lambda job: interpolation(job.latents, n, False)
             images, *_ = self._drawn(job, work, range(n), [], (title,), walk=walk, cond=cond, columns=n)
             cost = _cost(work.evaluations, n, work.seconds)
-            picture, path = _overview(job, self._folder() / "row", [grid(images, n, padding=0)])
+            picture, path = _overview(job, work.folder / "row", [grid(images, n, padding=0)])
             panels = [Panel(f"{n} points from seed {job.options.seed} to seed {job.options.seed_to}", picture, cost)]
             return Result(panels, [Made("row, PNG", path, self._command(arguments))], work.seconds, notes, list(images))
 
@@ -144,7 +140,7 @@ class Explorer:
             titles = ("x_t: decoded from its latent", "predicted x0")
             given = [Panel("the image, as the network sees it", job.source[0])]
             images, *_ = self._drawn(job, work, range(1), [], titles, given, walk=decoding)
-            cost, folder = _cost(work.evaluations, 1, work.seconds), self._folder()
+            cost, folder = _cost(work.evaluations, 1, work.seconds), work.folder
             _, path = _overview(job, folder / "pair", [strip(torch.stack([job.source[0], images[0]]))])
             error = write_errors(folder / "errors.csv", [folder / "pair" / file_name(0)])
             decoded = Panel(

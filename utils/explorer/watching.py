@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 INTERVAL = 0.12  # between two looks [seconds]
@@ -32,10 +35,17 @@ class Watched:
 
 
 class Work:
-    """A function run by a pool of threads; `follow` shows how far it is, `stop` ends it."""
+    """A function run by a pool of threads; `follow` shows how far it is, `stop` ends it.
 
-    def __init__(self, pool: ThreadPoolExecutor, function: Callable[[Work], Any]) -> None:
-        """function: gets this object; calls `show` with what there is to see, returns the result."""
+    folder: for its files, which `discard` removes.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, function: Callable[[Work], Any], place: Path) -> None:
+        """function: gets this object; calls `show` with what there is to see, returns the result.
+
+        place: where the folder is made.
+        """
+        self.folder = Path(tempfile.mkdtemp(dir=place))
         self.evaluations = 0  # of the network, times images
         self.started: float | None = None  # None: waits for a free thread
         self._latest, self._stop = None, threading.Event()
@@ -65,6 +75,11 @@ class Work:
     def stop(self) -> None:
         self._stop.set()
 
+    def discard(self) -> None:
+        """Stop, and remove the files as soon as that is done."""
+        self.stop()
+        self._future.add_done_callback(lambda _: shutil.rmtree(self.folder, ignore_errors=True))
+
     def result(self, timeout: float | None = None) -> Any:
         """What the function returned. Raises what it raised, Stopped among that."""
         return self._future.result(timeout)
@@ -90,26 +105,28 @@ class Work:
 class Works:
     """The work of every visitor, one each: who starts another ends the one before."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, place: Path) -> None:
+        """place: a folder for what they make."""
+        self.place = place
         self._pool, self._lock = ThreadPoolExecutor(n_threads, "explorer"), threading.Lock()
         self._works: dict[str, Work] = {}
 
     def start(self, visitor: str, function: Callable[[Work], Any]) -> Work:
         with self._lock:
             if before := self._works.get(visitor):
-                before.stop()
-            self._works[visitor] = work = Work(self._pool, function)
+                before.discard()
+            self._works[visitor] = work = Work(self._pool, function, self.place)
         return work
 
     def of(self, visitor: str) -> Work | None:
         return self._works.get(visitor)
 
     def leave(self, visitor: str) -> None:
-        """The visitor is gone."""
+        """The visitor is gone, and so are the files."""
         with self._lock:
             work = self._works.pop(visitor, None)
         if work:
-            work.stop()
+            work.discard()
 
     def close(self) -> None:
         for visitor in list(self._works):
