@@ -14,6 +14,8 @@ from utils.errors import one_line
 
 WIDEST = 1024  # side of a picture on the page [pixels]; downloads are not reduced
 
+SMALL = 400  # width up to which pixels stay squares when enlarged; wider ones are reduced, smoothly [pixels]
+
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 #title h1 { margin-bottom: 0; }
@@ -25,8 +27,9 @@ CSS = """
 textarea { font-variant-ligatures: none; }
 .command textarea { font-family: var(--font-mono); font-size: 0.85em; }
 .panel .above { font-weight: 600; margin-bottom: 6px; }
-.panel img { display: block; width: 100%; height: auto; image-rendering: pixelated; background: #fff;
+.panel img { display: block; width: 100%; height: auto; background: #fff;
   border: 1px solid var(--border-color-primary); border-radius: 4px; }
+.panel.small img { image-rendering: pixelated; }
 .panel .beneath { margin-top: 6px; font-size: 0.9em; color: var(--body-text-color-subdued); }
 .hint { border: 2px dashed var(--border-color-primary); border-radius: 8px; padding: 60px 20px; text-align: center;
   color: var(--body-text-color-subdued); }
@@ -54,7 +57,7 @@ def panel(title: str, picture, caption: str = "") -> str:
     """picture: uint8 [C, H, W], or a function that makes it."""
     picture = picture() if callable(picture) else picture
     height, width = picture.shape[-2:]
-    kind = "panel wide" if width > 3 * height else "panel"
+    kind = "panel" + " wide" * (width > 3 * height) + " small" * (width <= SMALL)
     words = (f'<div class="{name}">{escape(text)}</div>' if text else "" for name, text in
              (("above", title), ("beneath", caption)))  # fmt: skip
     above, beneath = words
