@@ -235,15 +235,16 @@ def test_a_long_job_freezes_nobody(visitor: Visitor, browser, served) -> None:
 def test_who_leaves_stops_the_job(browser, served) -> None:
     visitor = Visitor(browser, served[0])
     long_job(visitor)
-    busy = cpu_seconds(served[3])
-    time.sleep(1)
-    assert cpu_seconds(served[3]) - busy > 0.3
+    busy, began = cpu_seconds(served[3]), time.monotonic()
+    while cpu_seconds(served[3]) - busy < 0.5:  # on a machine that others use too
+        assert time.monotonic() - began < SECONDS
+        time.sleep(0.2)
     visitor.page.context.close()
     began = time.monotonic()
     while True:
         before = cpu_seconds(served[3])
-        time.sleep(1)
-        if cpu_seconds(served[3]) - before < 0.1:
+        time.sleep(2)
+        if cpu_seconds(served[3]) - before < 0.15:
             break
         assert time.monotonic() - began < 30
 

@@ -65,7 +65,10 @@ class Page:
         work = self.works.of(visitor.session_hash)
         if work is None or work.running:
             return ""
-        points = work.result().points
+        try:
+            points = work.result().points
+        except Exception:  # it was stopped or failed, which `_follow` has told
+            return ""
         return _point(points, min(max(int(number), 0), len(points) - 1)) if points else ""
 
     def _request(self, sampler, skip_type, skip_steps, eta, guidance, seed, n_samples, labels, prompts) -> Request:
