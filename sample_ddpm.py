@@ -9,6 +9,7 @@ goes on where it stopped. Of the configuration, train.* and evaluate.* have no e
 modes, and what file i shows:
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -21,6 +22,26 @@ ALIASES = {name: f"sample.{name}" for name in ("sampler", "skip_type", "skip_ste
 
 
 def main(argv: list[str]) -> int:
+    options, asked = parse(argv)
+    if options.print_config and options.weights is None:
+        cli.show(config.to_yaml(config.merge(*asked)))
+        return 0
+    cli.require(options, "weights", *([] if options.look_only else ["n_samples", "save_dir"]))
+
+    from utils.weights import open_weights
+
+    weights = open_weights(options.weights, options.load_ema, asked)
+    keys, notes = settle(options, weights.config, asked)
+    if options.print_config:
+        cli.show(config.to_yaml(weights.config))
+        return 0
+    if options.show_grid and is_main_process():
+        print_grids(options, weights.config)
+    return 0 if options.look_only else sample(options, weights, keys, notes)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, dict]]]:
+    """(options, what is asked of the configuration); what is wrong without looking at weights is told here."""
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("-c", "--config", metavar="CONFIG", help="YAML file, where the weights have no stored one")
@@ -44,35 +65,28 @@ def main(argv: list[str]) -> int:
     add("--n_progressive", type=cli.positive, metavar="N", help="frames of a progressive strip (likewise)")
     add("--animate", nargs="?", const="webp", choices=("webp", "gif"), help="also play the strips: OUT-animation.webp")
     add("--n_interpolate", type=cli.positive, metavar="N", help=f"images per row (default: {modes.N_INTERPOLATE})")
+    add("--seed_to", type=cli.natural, metavar="SEED", help="rows from image i of --seed to image i of this seed")
     add("--corners", action="store_true", help="interpolate a square between four images instead of rows between two")
     add("--source", metavar="DIR|NAME", help="real images: a folder of the network's own size, or a data set[:split]")
     add("--mask", metavar="FILE|SIDE", help="what to fill in: white in a picture, or left, right, top, bottom, center")
     add("--n_resample", type=cli.positive, metavar="N", help=f"passes per inpainting step ({modes.N_RESAMPLE})")
     options, overrides = parser.parse(argv)
-    look_only = options.print_config or (options.show_grid and options.save_dir is None)
-    modes.check_options(options, overrides, look_only)
+    options.look_only = options.print_config or (options.show_grid and options.save_dir is None)
+    modes.check_options(options, overrides, options.look_only)
     cli.alias(options, overrides, ALIASES)
 
     asked = [(options.config, config.read_yaml(options.config))] if options.config else []
     asked.append(("command line", overrides))
     config.merge(*asked)  # a wrong key or value is told before torch is imported
-    if options.print_config and options.weights is None:
-        cli.show(config.to_yaml(config.merge(*asked)))
-        return 0
-    cli.require(options, "weights", *([] if look_only else ["n_samples", "save_dir"]))
+    return options, asked
 
-    from utils.weights import open_weights
 
-    weights = open_weights(options.weights, options.load_ema, asked)
+def settle(options, cfg, asked) -> tuple[dict, list[str]]:
+    """The weights' configuration made to fit the mode: (dotted keys asked for, what to say of it)."""
     keys = {name: value for _, layer in asked for name, value in layer.items()}
-    notes = modes.adapt(weights.config, options, keys)
-    constraints.check(weights.config, training=False)
-    if options.print_config:
-        cli.show(config.to_yaml(weights.config))
-        return 0
-    if options.show_grid and is_main_process():
-        print_grids(options, weights.config)
-    return 0 if look_only else sample(options, weights, keys, notes)
+    notes = modes.adapt(cfg, options, keys)
+    constraints.check(cfg, training=False)
+    return keys, notes
 
 
 def print_grids(options, cfg) -> None:

@@ -1,4 +1,4 @@
-"""The four scripts as processes: help, --print_config, and wrong input that ends in one line with status 2."""
+"""The five scripts as processes: help, --print_config, and wrong input that ends in one line with status 2."""
 
 import os
 import socket
@@ -30,6 +30,10 @@ SCRIPTS = {  # name -> sections whose keys its help lists, its own options
     "convert_ddpm.py": (
         "data model diffusion train sample evaluate",
         "-c --weights --to --out --load_ema --print_config",
+    ),
+    "explore_ddpm.py": (
+        "data model diffusion train sample evaluate",
+        "-c --weights --load_ema --host --port --save_dir --print_config",
     ),
 }
 

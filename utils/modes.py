@@ -31,7 +31,7 @@ MODES = {
     "progressive": Mode("a strip: the prediction of x0 along the way", ("n_progressive", "animate")),
     "interpolate": Mode(
         "a row: from image 2i to image 2i + 1, along latents between theirs",
-        ("n_interpolate", "corners", "source"),
+        ("n_interpolate", "corners", "source", "seed_to"),
         deterministic=True,
     ),
     "reconstruct": Mode(
@@ -59,7 +59,8 @@ def check_options(options: argparse.Namespace, overrides: Collection[str], look_
     for name in OWNED:
         if getattr(options, name) == "":
             raise InputError(f"--{name} is empty: wanted a path or a name")
-        if getattr(options, name) and name not in mode.options:
+        given = getattr(options, name) is not None and getattr(options, name) is not False
+        if given and name not in mode.options:
             owners = " or ".join(other for other, entry in MODES.items() if name in entry.options)
             raise InputError(f"--{name} belongs to --mode {owners}, but the mode is {options.mode}")
         if getattr(options, name) is None and name in mode.needs and not look_only:
@@ -72,6 +73,9 @@ def check_options(options: argparse.Namespace, overrides: Collection[str], look_
                 f"--n_samples {options.n_samples}: {what}images are interpolated {ends} at a time, "
                 f"so wanted a multiple of {ends}"
             )
+    if options.seed_to is not None and (options.corners or options.source):
+        other = "corners" if options.corners else "source"
+        raise InputError(f"--seed_to and --{other}: rows between two seeds have their ends in noise: give one of them")
     if options.n_interpolate == 1:
         raise InputError("--n_interpolate 1: wanted at least 2, the two ends")
     options.n_interpolate = options.n_interpolate or N_INTERPOLATE

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from diffusions import Batch, GaussianDiffusion, build_process, time_grid
-from diffusions.generate import Conditions, denoiser, guidance_of
+from diffusions.generate import Conditions, Walk, denoiser, guidance_of
 from diffusions.inpainting import inpainting
 from diffusions.interpolation import interpolated_conditions, interpolation
 from diffusions.inversion import encode
@@ -76,6 +76,8 @@ class Job:
             extra["source_sha256"] = source.content_hash()
         if options.mode == "interpolate":
             extra |= {"n_interpolate": options.n_interpolate, "corners": options.corners}
+        if options.seed_to is not None:
+            extra["seed_to"] = options.seed_to
         if options.mode == "consistency":
             extra["grids"] = [time_grid(process.alpha_bar, cfg.sample.skip_type, S).t[:-1].tolist() for S in counts]
         if options.guidance_scales:
@@ -137,7 +139,11 @@ class Job:
         if self.source is not None:
             return encode(denoise, self.real(indices).to(device), grid)
         shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
-        return randn(self.options.seed, indices, 0, shape, device)
+        seed, seed_to = self.options.seed, self.options.seed_to
+        if seed_to is None:
+            return randn(seed, indices, 0, shape, device)
+        ends = torch.stack([randn(s, indices // 2, 0, shape, device) for s in (seed, seed_to)])  # of row indices // 2
+        return ends[indices % 2, torch.arange(len(indices))]
 
 
 def samples(job: Job, files: list[int]) -> Pictures:
@@ -182,11 +188,17 @@ def interpolations(job: Job, files: list[int]) -> Pictures:
         yield file, grid(square, n, padding=0)
 
 
-def reconstructions(job: Job, files: list[int]) -> Pictures:
+def decoding(job: Job) -> Walk:
+    """The walk from the latents of the source's images."""
+
     def walk(sampler, denoise, indices, steps, draw):
         return sampler(denoise, job.latents(denoise, indices, steps), steps, draw)
 
-    for batch in job.images(files, walk=walk):
+    return walk
+
+
+def reconstructions(job: Job, files: list[int]) -> Pictures:
+    for batch in job.images(files, walk=decoding(job)):
         for index, image in zip(batch.indices.tolist(), batch.images):
             yield index, strip(torch.stack([job.source[index], image]))
 
