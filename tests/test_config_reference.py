@@ -45,3 +45,9 @@ def test_every_key_has_a_row_with_its_choices_and_a_default_that_can_be_read_bac
         cfg = merge(("the page", {name: default}))
         value = cfg[section][leaf] if section else cfg[leaf]
         assert (list(value) if KEYS[name].is_list and value is not None else value) == KEYS[name].default
+
+
+def test_every_data_set_has_a_row_in_the_data_page():
+    rows = [line for line in (ROOT / "docs/data.md").read_text().splitlines() if line.startswith("| `")]
+    first = " ".join(row.split("|")[1] for row in rows)
+    assert [name for name in KEYS["data.name"].choices if f"`{name}`" not in first] == []
