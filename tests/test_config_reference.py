@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from omegaconf import OmegaConf
 
 from utils import config_reference
 from utils.config import KEYS, merge
@@ -38,13 +39,12 @@ def test_every_key_has_a_row_with_its_choices_and_a_default_that_can_be_read_bac
         r"^\| `([\w.]+)`(?: \*)? \| (.*?) \| `(.*?)` \| (.*?) \| (.*?) \|$", config_reference.page(), re.M
     )
     assert [name for name, *_ in rows] == list(KEYS)
-    for name, kind, default, _, doc in rows:
+    cfg = merge(("the page", {name: default for name, _, default, *_ in rows}))
+    for name, kind, _, _, doc in rows:
         assert doc == KEYS[name].doc
         assert all(f"`{choice}`" in kind for choice in KEYS[name].choices)
-        section, _, leaf = name.rpartition(".")
-        cfg = merge(("the page", {name: default}))
-        value = cfg[section][leaf] if section else cfg[leaf]
-        assert (list(value) if KEYS[name].is_list and value is not None else value) == KEYS[name].default
+        value = OmegaConf.select(cfg, name)
+        assert (list(value) if OmegaConf.is_list(value) else value) == KEYS[name].default
 
 
 def test_every_data_set_has_a_row_in_the_data_page():
