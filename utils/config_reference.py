@@ -11,8 +11,8 @@ from typing import Any
 
 from utils.cli import Parser
 from utils.config import KEYS, KeyInfo
+from utils.constraints import MAY_CHANGE
 from utils.errors import run_script
-from utils.run_folder import MAY_CHANGE
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 SECTIONS = {  # what is said above the table of each
