@@ -28,7 +28,8 @@ def test_checkpoint_and_its_images_score_alike(tmp_path: Path, trained: Path, ca
     run("evaluate_ddpm.py", *common, *EVALUATE, *cache, "--n_samples", 100, "--out", "two", cwd=tmp_path, processes=2)
     run("sample_ddpm.py", *common, "--n_samples", 100, "--save_dir", "images", cwd=tmp_path)
     args = ["--images", "images", *EVALUATE, *cache, "--data.name", "digits", "--data.valid_fraction", 0.9]
-    run("evaluate_ddpm.py", *args, "--out", "three", cwd=tmp_path)
+    done = run("evaluate_ddpm.py", *args, "--out", "three", cwd=tmp_path)
+    assert "images: fid" in done.stderr and "of 0" not in done.stderr
     one, two, three = (rows(tmp_path / name)[0] for name in ("one", "two", "three"))
     assert set(one["scores"]) == {"fid", "isc", "isc_std", "kid", "kid_std", "precision", "recall", "f_score"}
     assert two["scores"] == pytest.approx(one["scores"], rel=0.02)  # a level of a pixel may differ between processes

@@ -14,6 +14,26 @@ TAKES_ETA = ("ddim",)
 NEEDS_VARIANCE = ("learned-range",)
 STOCHASTIC = ("fixed-large", "fixed-small", "learned-range")
 
+# What a resumed run may change.
+MAY_CHANGE = (
+    "train.n_steps",
+    "train.n_epochs",
+    "train.log_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.valid_every",
+    "train.evaluate_every",
+    "train.save_failure",
+    "train.keep_last",
+    "train.shard",
+    "train.log_with",
+    "train.max_hours",
+    "train.profile",
+    "data.num_workers",
+    "data.root",
+    "data.download",
+)
+
 
 def check(config: DictConfig, training: bool = True) -> None:
     """Raise InputError for the first combination of keys that can't work; `training` looks at train.* too."""

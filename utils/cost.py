@@ -52,4 +52,5 @@ class Cost:
         self.cells_done += 1
         values = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if not name.endswith("_std"))
         left = f"; about {timedelta(seconds=round(self.left()))} left" if self.cells_done < self.cells else ""
-        say(f"{label}: {values} ({self.cells_done} of {self.cells}{left})")
+        count = f" ({self.cells_done} of {self.cells}{left})" if self.cells else ""  # a folder of images is no cell
+        say(f"{label}: {values}{count}")

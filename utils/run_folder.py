@@ -22,30 +22,11 @@ from utils.checkpoint import (
 )
 from utils.cli import say
 from utils.config import differences, merge, read_yaml, to_yaml
-from utils.constraints import has_moved
+from utils.constraints import MAY_CHANGE, has_moved
 from utils.distributed import from_main
 from utils.errors import InputError
 from utils.run_lock import lock
 from utils.state import read_state
-
-MAY_CHANGE = (
-    "train.n_steps",
-    "train.n_epochs",
-    "train.log_every",
-    "train.save_every",
-    "train.sample_every",
-    "train.valid_every",
-    "train.evaluate_every",
-    "train.save_failure",
-    "train.keep_last",
-    "train.shard",
-    "train.log_with",
-    "train.max_hours",
-    "train.profile",
-    "data.num_workers",
-    "data.root",
-    "data.download",
-)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -34,6 +35,8 @@ DATASETS: dict[str, Callable[..., dict[str, ImageSet]]] = {
     "huggingface": load_huggingface,
 }
 SPLITS = ("train", "test", "all")
+# torch advises, once per loader, no more workers than cores; recipes ask for what a large machine needs.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 _SPLIT_SEED = 0x5011D  # the held-out images are a property of the data set, the same for every training seed
 
 
