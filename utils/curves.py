@@ -83,7 +83,7 @@ def draw_curves(run: Path) -> None:
 
 
 def svg(title: str, lines: list[Line]) -> str:
-    """One panel as an <svg> element whose text and axes take the colour of the text around it."""
+    """A panel of `panels` as an <svg> element whose text and axes take the colour of the text around it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -97,7 +97,8 @@ def svg(title: str, lines: list[Line]) -> str:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     text = text.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{title}-", text[text.index("<svg") :])  # ids are the whole page's
+    return text.replace(INK, "currentColor")
 
 
 def thinned(pairs: Points) -> Points:

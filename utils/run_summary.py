@@ -19,10 +19,10 @@ from utils.curves import SCORE, panels, points, read_metrics, svg
 from utils.embedded import Picture, embed, spread
 from utils.errors import InputError
 from utils.results import tables
+from utils.run_times import duration, read_log, seconds_trained, starts
 from utils.state import read_state
 
 MOST_PREVIEWS, MOST_SAMPLES = 12, 12
-LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (\w+) +(.*)")
 SYSTEM = ("machine", "hardware", "software", "network", "data", "condition", "steps", "warning")
 Pairs = list[tuple[str, str]]
 
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> RunSummary:
         raise InputError(f"{folder} is not a run folder: it holds no config.yaml")
     config = merge((str(stored), read_yaml(stored)))
     rows, checkpoints = read_metrics(folder / "metrics.jsonl"), _checkpoints(folder)
-    log = _log(folder / "train.log")
+    log = read_log(folder / "train.log")
     previews = sorted((folder / "samples").glob("step*.png"), key=lambda path: (len(path.name), path.name))
     grids = sorted((folder / "images").glob("*-grid.png"))
     return RunSummary(
@@ -112,18 +112,6 @@ def _bytes(n: float) -> str:
     return f"{n:.3g} GB"
 
 
-def _log(path: Path) -> list[tuple[datetime, str, str]]:
-    """(time, first word, rest) of each line of train.log that has them."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        if match := LOG_LINE.fullmatch(line):
-            try:
-                found.append((datetime.fromisoformat(match[1]), match[2], match[3]))
-            except ValueError:
-                continue
-    return found
-
-
 def _facts(config: DictConfig, rows: list[dict], checkpoints: list[Checkpoint], log: list, folder: Path) -> Pairs:
     done = max((int(step) for step, _ in points(rows, "step")), default=0)
     opts, aim = config.train, config.train.n_steps
@@ -141,27 +129,11 @@ def _facts(config: DictConfig, rows: list[dict], checkpoints: list[Checkpoint], 
         step, value = min(points(rows, name), key=lambda point: point[1], default=(None, None))
         if step is not None:
             found.append((f"best {name}", f"{value:.4g} at step {step:,}"))
-    if seconds := _seconds(log):
-        found.append(("training time", _duration(seconds)))
+    if seconds := seconds_trained(log):
+        found.append(("training time", duration(seconds)))
     good = sum(point.good for point in checkpoints)
     bad = f", {len(checkpoints) - good} not" if good < len(checkpoints) else ""
     return [*found, ("checkpoints", f"{good} good{bad}")]
-
-
-def _seconds(log: list[tuple[datetime, str, str]]) -> float:
-    """From each start to its last line, summed: a lower bound of the training time."""
-    total, begun, last = 0.0, None, None
-    for when, word, text in log:
-        if word == "run" and text.startswith("folder"):
-            total += (last - begun).total_seconds() if begun else 0.0
-            begun = when
-        last = when
-    return total + ((last - begun).total_seconds() if begun else 0.0)
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
 def _made_by(grid: Path) -> str:
@@ -170,7 +142,8 @@ def _made_by(grid: Path) -> str:
     try:
         identity = json.loads((grid.parent / name / "protocol.json").read_text())["identity"]
         steps = f"{len(identity['timesteps'])} {identity['skip_type']} steps"
-        return f"{name}: {identity['sampler']}, {steps}, seed {identity['seed']}"
+        sampler = "" if name == identity["sampler"] else f"{identity['sampler']}, "
+        return f"{name}: {sampler}{steps}, seed {identity['seed']}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return name
 
@@ -222,9 +195,8 @@ def _system(folder: Path, checkpoints: list[Checkpoint], rows: list[dict], log: 
     if rates := [rate for _, rate in points(rows, "images_per_second")]:
         found.append(("throughput", f"{statistics.median(rates):,.0f} images per second (median), "
                       f"{min(rates):,.0f} to {max(rates):,.0f}"))  # fmt: skip
-    starts = sum(word == "run" and text.startswith("folder") for _, word, text in log)
     if log:
-        found.append(("starts", f"{starts}, from {log[0][0]:%Y-%m-%d %H:%M} to {log[-1][0]:%Y-%m-%d %H:%M}"))
+        found.append(("starts", f"{starts(log)}, from {log[0][0]:%Y-%m-%d %H:%M} to {log[-1][0]:%Y-%m-%d %H:%M}"))
     return found
 
 
@@ -244,8 +216,11 @@ def _commands(folder: Path, config: DictConfig, checkpoints: list[Checkpoint]) -
             reference, where = shlex.quote(str(data.root)), ""
         elif data.root == KEYS["data.root"].default:
             where = ""
+        told = (
+            "" if config.model.condition == "none" else " --labels all" if config.model.classes else " --prompts TEXT"
+        )
         found += [
-            ("sample", f"{launch} sample_ddpm.py --weights {run} --n_samples 64 --save_dir {out}"),
+            ("sample", f"{launch} sample_ddpm.py --weights {run} --n_samples 64 --save_dir {out}{told}"),
             ("score", f"{launch} evaluate_ddpm.py --weights {run} --reference {reference}{where}"),
             ("export", f"python convert_ddpm.py --weights {run} --to diffusers --out {out}-diffusers"),
         ]
