@@ -32,9 +32,10 @@ RULES = [
         "parse",
         "without labels it needs Inception, whose weights are a download",
     ),
+    Rule(r"--data\.name huggingface", "parse", "the data set is a download"),
     Rule(r"--train\.shard true", "parse", "divides among several processes"),
     Rule(r"^fidelity ", "outside", "torch-fidelity's own command; tests/test_fidelity_cli.py runs it"),
-    Rule(r"^python -m pytest_fid ", "outside", "pytorch-fid"),
+    Rule(r"^python -m pytorch_fid ", "outside", "pytorch-fid"),
     Rule(r"^python -c .*cleanfid", "outside", "clean-fid"),
     Rule(
         r"--verify runs/fashion16/scores/results.json",
@@ -57,7 +58,7 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
 FOLDERS = ("photos/", "photos.zip", "birds/", "data/celeba_hq_256")  # data.root where that is a folder of images
 
 LARGEST = {  # of an option's number
-    "--n_samples": 8,
+    "--n_samples": 16,
     "--n_denoise": 2,
     "--n_progressive": 2,
     "--n_interpolate": 3,
@@ -88,7 +89,7 @@ def train_options(words: list[str]):
 
 def tiny_keys(cfg) -> dict[str, str]:
     """Overrides that make a recipe's network and training small; its data, diffusion and kind of condition stay."""
-    size = min(cfg.data.image_size, 32)
+    size = min(cfg.data.image_size, 64)
     attention = f"[{size // 2}]"
     keys = {"model.dim": "8", "model.norm_groups": "4", "model.dim_mults": "[1,2]", "model.num_res_blocks": "1"}
     keys |= {"model.n_heads": "1", "model.attn_resolutions": attention, "train.batch_size": "2", "train.n_samples": "1"}
@@ -118,7 +119,9 @@ def reduced(script: str, words: list[str]) -> list[str]:
     """The words of a script's command line with smaller numbers, and more that make its work small."""
     found = []
     for option, *values in grouped(words):
-        if option in LARGEST:
+        if option == "--n_samples" and "--per_class" in words:
+            values = ["160"]  # each of ten classes needs neighbours
+        elif option in LARGEST:
             values = [str(min(int(value), LARGEST[option])) for value in values]
         elif option in INSTEAD:
             values = [INSTEAD[option]]
@@ -133,9 +136,13 @@ def reduced(script: str, words: list[str]) -> list[str]:
         layers = [(options.config or "configs/ddpm_digits.yaml")]
         cfg = config.merge(*((layer, config.read_yaml(layer)) for layer in layers), ("command line", overrides))
         found += [word for key, value in tiny_keys(cfg).items() for word in (f"--{key}", value)]
+    if script == "convert_ddpm.py" and "-c" in words:  # the weights that are converted are tiny ones of this recipe
+        recipe = words[words.index("-c") + 1]
+        keys = tiny_keys(config.merge((recipe, config.read_yaml(recipe))))
+        found += [word for key, value in keys.items() if key.startswith("model.") for word in (f"--{key}", value)]
     if script == "evaluate_ddpm.py" and "--verify" not in words:
         found += ["--force"] * ("--force" not in words)
-        found += ["--n_samples", "8"] * ("--n_samples" not in words and "--weights" in words)
+        found += ["--n_samples", "16"] * ("--n_samples" not in words and "--weights" in words)
         if "bpd" not in words:
             found += ["--feature_extractor", "dataset-classifier"]
     return found
