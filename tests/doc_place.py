@@ -200,10 +200,10 @@ def help_of(script: str) -> str:
 @functools.cache
 def known_options() -> set[str]:
     """Of every script, module and benchmark of the project, and of the launchers."""
-    launchers = launch_command_parser().format_help() + get_args_parser().format_help()
+    launchers = {*launch_command_parser()._option_string_actions, *get_args_parser()._option_string_actions}
     sources = [*(ROOT / "utils").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     own = {option for path in sources for option in re.findall(r"\"(--?[a-z][\w-]*)\"", path.read_text())}
-    return own | options_in(launchers) | set().union(*(options_in(help_of(script)) for script in SCRIPTS))
+    return own | launchers | set().union(*(options_in(help_of(script)) for script in SCRIPTS))
 
 
 def check_options(words, known: set[str]) -> None:
