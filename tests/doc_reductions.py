@@ -90,8 +90,8 @@ def train_options(words: list[str]):
 def tiny_keys(cfg) -> dict[str, str]:
     """Overrides that make a recipe's network and training small; its data, diffusion and kind of condition stay."""
     size = cfg.data.image_size
-    attention = f"[{size // 2}]" if size <= 64 else "[]"
-    keys = {"model.dim": "8", "model.norm_groups": "4", "model.dim_mults": "[1,2]", "model.num_res_blocks": "1"}
+    attention, widths = (f"[{size // 2}]", "[1,2]") if size <= 64 else ("[]", "[1,1,1,1,1]")  # the middle attends
+    keys = {"model.dim": "8", "model.norm_groups": "4", "model.dim_mults": widths, "model.num_res_blocks": "1"}
     keys |= {"model.n_heads": "1", "model.attn_resolutions": attention, "train.batch_size": "2", "train.n_samples": "1"}
     keys |= {"train.n_steps": "2", "train.n_epochs": "null", "train.n_valid": "2", "train.log_with": "none"}
     keys |= {"train.micro_batch": "null", "train.mixed_precision": "no", "train.warmup_steps": "0"}
