@@ -15,6 +15,7 @@ demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under f
 	$(BIN)/python sample_ddpm.py --weights $(DEMO) --n_samples 8 --save_dir $(DEMO)/images/progressive --mode progressive --n_progressive 10
 	$(BIN)/python evaluate_ddpm.py --weights $(DEMO) --reference digits --n_samples 1000
 	@echo; echo "pictures:"; ls $(abspath $(DEMO))/curves.png $(abspath $(DEMO))/samples/*.png $(abspath $(DEMO))/images/*-grid.png
+	@echo; $(BIN)/python -m utils.report $(DEMO)
 
 demo-text: $(VENV)/.installed  ## train digits that are drawn as a prompt says, sample, score: under ten minutes on two CPU cores
 	$(BIN)/python train_ddpm.py -c configs/ddpm_digits_text.yaml -e $(DEMO)-text -r auto
@@ -24,6 +25,7 @@ demo-text: $(VENV)/.installed  ## train digits that are drawn as a prompt says, 
 	$(BIN)/python sample_ddpm.py --weights $(DEMO)-text --n_samples 4 --save_dir $(DEMO)-text/images/denoise --mode denoise --n_denoise 10 --prompts one 7 "the digit five"
 	$(BIN)/python evaluate_ddpm.py --weights $(DEMO)-text --reference digits --n_samples 1000
 	@echo; echo "pictures:"; ls $(abspath $(DEMO))-text/curves.png $(abspath $(DEMO))-text/samples/*.png $(abspath $(DEMO))-text/images/*-grid.png
+	@echo; $(BIN)/python -m utils.report $(DEMO)-text
 
 test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)

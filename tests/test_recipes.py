@@ -1,28 +1,20 @@
 """Every recipe of configs/: it is whole, its network has the published size, the docs list it, and it trains."""
 
-import hashlib
 import json
 import math
-import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import UNet2DModel
-from in_process import call, random_weights
+from fake_data import FAKES
+from in_process import call
 from safetensors import safe_open
-from test_data import write_mnist
-from test_sources import celeba, encoded, in_lmdb, photo
 from test_unet import diffusers_unet
-from torchvision.datasets import CIFAR10
 
-import evaluate_ddpm
-import sample_ddpm
 import train_ddpm
 from diffusions import build_process
 from diffusions.samplers import SAMPLERS
@@ -31,7 +23,6 @@ from models import build_model
 from utils import checkpoint, config, constraints
 from utils.data import load_splits
 
-SCRIPTS = {f"{module.__name__}.py": module.main for module in (train_ddpm, sample_ddpm, evaluate_ddpm)}
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 
 # Parameters and tensors as published (the checkpoints of Ho et al. 2020 and Song et al. 2021).
@@ -153,79 +144,7 @@ def test_the_docs_show_every_recipe_trained_and_scored(recipe):
     assert any("evaluate_ddpm.py" in line and line[line.index("--weights") + 1] == run for line in lines)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_docs_is_understood(tmp_path, line):
-    script, *words = line[line.index(next(name for name in SCRIPTS if name in line)) :].split()
-    if script != "train_ddpm.py":
-        learned = "runs/improved" in words
-        weights = random_weights(tmp_path / "weights", diffusion__total_steps=1000, diffusion__learn_variance=learned)
-        words[words.index("--weights") + 1] = weights
-    words = [ROOT / word if str(word).startswith("configs/") else word for word in words]
-    call(SCRIPTS[script], *words, "--print_config", cwd=tmp_path)
-
-
 # --- tiny data in the real formats ---
-
-
-def fake_idx(root: Path, monkeypatch) -> None:
-    write_mnist(root, zipped=True)
-
-
-def fake_cifar10(root: Path, monkeypatch) -> None:
-    """The pickled batches of the python version; torchvision checks the sums of the real ones."""
-    folder = root / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    pixels = np.random.RandomState(0)
-
-    def write(name: str, content: dict) -> str:
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    for files in ("train_list", "test_list"):
-        batches = [
-            [name, write(name, {"data": pixels.randint(0, 255, (2, 3072)).astype(np.uint8), "labels": [0, 1]})]
-            for name, _ in getattr(CIFAR10, files)
-        ]
-        monkeypatch.setattr(CIFAR10, files, batches)
-    meta = dict(CIFAR10.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: list("abcdefghij")})
-    monkeypatch.setattr(CIFAR10, "meta", meta)
-
-
-def fake_celeba(root: Path, monkeypatch) -> None:
-    celeba(root)
-
-
-def fake_lsun(*folders: str):
-    def write(root: Path, monkeypatch) -> None:
-        for folder in folders:
-            in_lmdb(root / folder, {f"{i:040x}": encoded(photo(i, 341, 256 + i), "WEBP") for i in range(4)})
-
-    return write
-
-
-def fake_ffhq(root: Path, monkeypatch) -> None:
-    values = {f"256-{i:05d}": encoded(photo(i, 256, 256), "JPEG") for i in range(10)}
-    in_lmdb(root / "FFHQ", values | {"length": b"10"})
-
-
-def fake_celebahq(root: Path, monkeypatch) -> None:
-    with zipfile.ZipFile(root / "celeba_hq_256.zip", "w") as archive:
-        for i in range(4):
-            archive.writestr(f"celeba_hq_256/{i:05d}.png", encoded(photo(i, 256, 256)))
-
-
-FAKES = {
-    "cifar10": fake_cifar10,
-    "mnist": fake_idx,
-    "fashion_mnist": fake_idx,
-    "celeba": fake_celeba,
-    "lsun_bedroom": fake_lsun("bedroom_train_lmdb", "bedroom_val_lmdb"),
-    "lsun_church": fake_lsun("church_outdoor_train_lmdb", "church_outdoor_val_lmdb"),
-    "lsun_cat": fake_lsun("cat"),
-    "ffhq": fake_ffhq,
-    "image_folder": fake_celebahq,
-}
 
 
 def with_data(name: str, root: Path, monkeypatch) -> dict[str, str]:

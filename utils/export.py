@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from utils import ddim_format, diffusers_format
 from utils.config import to_yaml
 from utils.errors import InputError, SaveFailed
-from utils.model_card import limits, model_card
+from utils.model_card import limits, write_card
 from utils.weights import FILES, Weights
 
 ALONE = {**FILES, "only": "weights.safetensors"}  # kind -> name of a file that stands alone
@@ -56,6 +56,7 @@ def write(to: str, weights: Weights, load_ema: bool | None, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         FORMATS[to](weights, sets, staging)
+        write_card(to, weights, sets, sum(value.numel() for value in next(iter(sets.values())).values()), staging)
         os.chmod(staging, 0o755)
         os.rename(staging, out)  # takes the place of an empty folder, and of nothing else
     except OSError as error:
@@ -123,9 +124,8 @@ def _diffusers(weights: Weights, sets: dict, folder: Path) -> None:
     for name, content in parts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    ((kind, state),) = sets.items()
+    (state,) = sets.values()
     _save(to_diffusers(state), folder / "unet" / "diffusion_pytorch_model.safetensors", {})
-    (folder / "README.md").write_text(model_card(config, kind, sum(value.numel() for value in state.values())))
 
 
 def _ddim(weights: Weights, sets: dict, folder: Path) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoint import folder_name, write_atomically
+from utils.curves import draw_curves, read_metrics
 from utils.distributed import from_main
 from utils.errors import SaveFailed
 from utils.images import enlarge, write_png
 from utils.process import signal_left
+from utils.protocol import hardware, versions
 
 REDRAW = 60  # seconds between drawings of the curves, which take as long as many steps of a small network
 
@@ -151,53 +153,11 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def cut_metrics(path: Path, step: int) -> None:
     """Drop what lies beyond `step`."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         write_atomically(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept)))
-
-
-def draw_curves(run: Path) -> None:
-    """curves.png: training and validation losses, learning rate and scores of metrics.jsonl over the steps."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(run / "metrics.jsonl")
-    panels = {
-        "loss": [("loss", "train"), ("valid_loss", "validation, raw weights"), ("valid_loss_ema", "validation, EMA")],
-        "lr": [("lr", "learning rate")],
-        "grad_norm": [("grad_norm", "gradient norm before clipping")],
-        "score": sorted({(name, name) for row in rows for name in row if "[" in name}),
-    }
-    panels = {panel: [(n, label) for n, label in names if any(n in r for r in rows)] for panel, names in panels.items()}
-    panels = {panel: names for panel, names in panels.items() if names}
-    if not panels:
-        return
-    figure = Figure(figsize=(5 * len(panels), 3.6))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (panel, names) in zip(axes, panels.items()):
-        for name, label in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
-        axis.set_xlabel("optimizer step")
-        axis.set_title(panel)
-        axis.grid(alpha=0.3)
-        if panel == "loss":
-            axis.set_yscale("log")
-        axis.legend()
-    figure.tight_layout()
-    write_atomically(run / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
 def banner(
@@ -231,3 +191,5 @@ def banner(
         lines["finished"] = f"step {start:,} of {n_steps:,} is done: nothing to do (more: --train.n_steps N)"
     for name, text in lines.items():
         log.say(f"{name:12}{text}")
+    log.record(f"{'software':12}{', '.join(f'{name} {version}' for name, version in versions().items())}")
+    log.record(f"{'hardware':12}{hardware(log.accelerator.device)}")

@@ -89,7 +89,12 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """One markdown table per reference, extractor and count, with the floor as its last row."""
+    """The tables as markdown."""
+    return "\n".join(f"{title}\n\n{markdown(table)}" for title, table in tables(rows))
+
+
+def tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows of cells with the header first) per reference, extractor and count, with the floor as last row."""
     parts, groups = [], {}
     for row in rows:
         hashes = (row["protocol"]["reference_sha256"], row["protocol"]["extractor_weights_sha256"])
@@ -97,7 +102,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     for (reference, extractor, n, *_), group in groups.items():
         names = [name for name in SCORES if any(name in row["scores"] for row in group)]
         of = f"[{extractor}]" if extractor else ""  # bpd has none
-        title = f"**{', '.join(f'{name}{of}@{n}' for name in names)}** against {reference}\n"
+        title = f"**{', '.join(f'{name}{of}@{n}' for name in names)}** against {reference}"
         full = _full_chain(group)
         cost = ["evaluations"] * any("evaluations" in row for row in group) + ["speed-up"] * (full is not None)
         table = [["images", *names, "ms per image", *cost]]
@@ -112,20 +117,18 @@ def report(rows: list[dict[str, Any]]) -> str:
         if floor:
             cells = [_number(floor["floor"], name) for name in names]
             table.append([f"floor: {floor['floor_label']}", *cells, "", *[""] * len(cost)])
-        parts.append(title + "\n" + markdown(table))
-        parts += [class_table(row) for row in group if "per_class" in row]
-    return "\n".join(parts)
+        parts.append((title, table))
+        parts += [(f"per class: {row['label']}", class_table(row["per_class"])) for row in group if "per_class" in row]
+    return parts
 
 
-def class_table(row: dict[str, Any]) -> str:
+def class_table(by_class: dict[str, dict[str, float]]) -> list[list[str]]:
     """The scores of each class, and their mean over classes."""
-    by_class = row["per_class"]
     names = [name for name in SCORES if name in next(iter(by_class.values()))]
     table = [["class", *names]]
     table += [[name, *(_number(values, score) for score in names)] for name, values in by_class.items()]
     means = {score: statistics.fmean(values[score] for values in by_class.values()) for score in names}
-    table.append(["mean over classes", *(_number(means, score) for score in names)])
-    return f"per class: {row['label']}\n\n{markdown(table)}"
+    return [*table, ["mean over classes", *(_number(means, score) for score in names)]]
 
 
 def _full_chain(rows: list[dict[str, Any]]) -> float | None:
