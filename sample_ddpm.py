@@ -69,6 +69,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, dict]]]:
     add("--corners", action="store_true", help="interpolate a square between four images instead of rows between two")
     add("--source", metavar="DIR|NAME", help="real images: a folder of the network's own size, or a data set[:split]")
     add("--mask", metavar="FILE|SIDE", help="what to fill in: white in a picture, or left, right, top, bottom, center")
+    add("--profile", action="store_true", help="say where the time goes, and write a Chrome trace: OUT-trace.json")
     add("--n_resample", type=cli.positive, metavar="N", help=f"passes per inpainting step ({modes.N_RESAMPLE})")
     options, overrides = parser.parse(argv)
     options.look_only = options.print_config or (options.show_grid and options.save_dir is None)
@@ -108,6 +109,7 @@ def sample(options, weights, keys, notes) -> int:
     from utils.overview import overview, write_animation, write_errors
     from utils.pictures import PICTURES, Job
     from utils.process import evaluations
+    from utils.profiling import sampling_profile
     from utils.protocol import circumstances
     from utils.sample_folder import check_folder, missing, sample_paths, start_folder
     from utils.weights import load_network
@@ -117,6 +119,8 @@ def sample(options, weights, keys, notes) -> int:
     job = Job.open(options, weights, keys, accelerator, asked_for)
     precision.set_determinism(precision.wants_determinism("auto"), tf32=job.precision != "no")
     check_folder(folder, job.identity)
+    share = evaluations(weights.config) * n_files // accelerator.num_processes
+    job.net = load_network(weights, accelerator.device, share)
     accelerator.wait_for_everyone()  # every process has looked at the folder before the main one changes it
     if accelerator.is_main_process:
         start_folder(folder, job.identity, circumstances(weights, accelerator) | {"source": options.source})
@@ -125,17 +129,18 @@ def sample(options, weights, keys, notes) -> int:
     todo = missing(folder, n_files)
     accelerator.wait_for_everyone()  # and has listed it before any writes
     mine = [todo[i] for i in distributed.share(len(todo), accelerator.process_index, accelerator.num_processes)]
-    job.net = load_network(weights, accelerator.device, evaluations(weights.config) * len(mine))
     for note in notes:
         cli.say(note)
     cli.say(f"{len(todo)} of {n_files} {job.unit} to make: {weights.describe()}, {job.describe()}")
     writer = PngWriter(folder)
     hidden = not accelerator.is_main_process
-    with tqdm(total=len(mine), desc=options.mode, unit="img", disable=hidden, file=sys.stderr) as bar:
+    trace = folder.with_name(f"{folder.name}-trace.json") if options.profile and not hidden else None
+    bar = tqdm(total=len(mine), desc=options.mode, unit="img", disable=hidden, file=sys.stderr)
+    with bar, sampling_profile(trace, job.net, writer) as job.net:
         for index, picture in PICTURES[options.mode](job, mine):
             writer.write(index, picture)
             bar.update()
-    writer.close()
+        writer.close()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

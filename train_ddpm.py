@@ -62,11 +62,12 @@ def train(run) -> int:
     from utils.meter import Meter
     from utils.optimizer import build_ema, build_optimizer, lr_at
     from utils.preview import preview, validation_loss
-    from utils.profiling import profiler
+    from utils.profiling import TrainingProfile
     from utils.run_folder import claim
     from utils.sharding import Sharding, plain
     from utils.stopping import StopRule
     from utils.training_score import TrainingScore
+    from utils.utilisation import Utilisation
 
     cfg, opts = run.config, run.config.train
     resolved = precision.resolve(cfg, run.stored_state().get("resolved"))
@@ -102,7 +103,8 @@ def train(run) -> int:
     stop = StopRule(accelerator, opts)
 
     start, share = state["step"], opts.batch_size // world
-    log = RunLog(accelerator, run.folder, start, n_steps)
+    log = RunLog(accelerator, run.folder, start, n_steps, Utilisation(cfg, device, dtype, world))
+    profile = TrainingProfile(opts.profile, run.folder, log)
     banner(log, run, net, process, batches, conditions, valid, resolved, start, n_steps)
     if start >= n_steps:
         log.close()
@@ -110,7 +112,7 @@ def train(run) -> int:
 
     micro_batch = min(opts.micro_batch or share, share)
     model.train()
-    with log, stop, profiler(opts.profile, run.folder, accelerator.is_main_process) as profile:
+    with log, stop:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
             x0 = to_unit(images).contiguous(memory_format=layout)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
@@ -119,21 +121,25 @@ def train(run) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            total = torch.zeros((), device=device)
             batch = {"x0": x0, "t": t, "eps": eps, **conditions.at(step, batches, opts.condition_dropout)}
             parts = [dict(zip(batch, part)) for part in zip(*(v.split(micro_batch) for v in batch.values()))]
+            profile.mark("data, noise, conditions")
+            total = torch.zeros((), device=device)
             for i, part in enumerate(parts):
                 distributed.seed_dropout(cfg.seed, step, rank, i)
                 with distributed.sync_gradients(accelerator, model, i == len(parts) - 1):
                     loss = process.loss(model, **part).sum() / share
                     accelerator.backward(loss)
                 total += loss.detach() / world
+            profile.mark("network, forward and backward")
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), opts.clip_grad_norm or float("inf"))
             bad = meter.update(total, plain(grad_norm))
             stop.skip_if_bad(optimizer, bad)  # the fused update leaves weights alone where the gradient is not finite
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            profile.mark("optimizer")
             ema.update()
+            profile.mark("EMA")
 
             done, shown = step + 1, {}
             ends, stops = done == n_steps, stop.wants_stop(done)
@@ -156,11 +162,13 @@ def train(run) -> int:
                     run, done, accelerator, sharding, net, ema, optimizer, meter, log, must=ends or stops, best=best,
                     resolved=resolved,
                 )  # fmt: skip
-            profile.step()
             log.progress(**shown)
+            profile.mark("logs, previews, files")
+            profile.step()
             if stops and not ends:
                 log.say(f"stopped     by {stop.describe()} at step {done:,}; go on with -e {run.folder} -r auto")
                 break
+    profile.close()
     log.close()
     return stop.status if done < n_steps else 0
 

@@ -131,7 +131,7 @@ def newest_step(run: Path) -> int:
 def metrics(run: Path) -> list[dict]:
     """All of metrics.jsonl but the speed."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("images_per_second", "mfu")} for row in rows]
 
 
 def same_tree(one, other) -> bool:

@@ -150,7 +150,7 @@ class Train:
     n_valid: int = key(2048, "validation images used at most", ge=1)
     max_hours: float | None = key(None, "save and stop after this wall time [hours]", gt=0)
     max_bad_steps: int = key(20, "stop after so many updates in a row with a non-finite gradient", ge=1)
-    profile: bool = key(False, "write trace.json, a Chrome trace of steps 11 to 15 of this start")
+    profile: bool = key(False, "say where the time of a step goes, and write trace.json, a Chrome trace of five steps")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,18 +53,22 @@ class PngWriter:
     """Writes PNGs in threads, off the critical path; errors surface at `close`, or once 1,024 writes are waiting."""
 
     def __init__(self, folder: Path, n_threads: int = 2) -> None:
-        self.folder, self.pool = folder, ThreadPoolExecutor(n_threads)
+        self.folder, self.pool, self.seconds = folder, ThreadPoolExecutor(n_threads), 0.0  # what callers waited
         self.pending: list[Future] = []
 
     def write(self, index: int, picture: Tensor) -> None:
+        start = time.perf_counter()
         if len(self.pending) > 1024:  # bound the memory of what waits
             for future in self.pending:
                 future.result()
             self.pending.clear()
         self.pending.append(self.pool.submit(write_png, self.folder / file_name(index), picture))
+        self.seconds += time.perf_counter() - start
 
     def close(self) -> None:
+        start = time.perf_counter()
         self.pool.shutdown(wait=True)
+        self.seconds += time.perf_counter() - start
         for future in self.pending:
             future.result()
 

@@ -23,6 +23,7 @@ from utils.errors import SaveFailed
 from utils.images import enlarge, write_png
 from utils.process import signal_left
 from utils.protocol import hardware, versions
+from utils.utilisation import Utilisation
 
 REDRAW = 60  # seconds between drawings of the curves, which take as long as many steps of a small network
 
@@ -30,13 +31,16 @@ REDRAW = 60  # seconds between drawings of the curves, which take as long as man
 class RunLog:
     """Logs of one run folder. Only the main process writes; the others' calls do nothing. As a context: the bar."""
 
-    def __init__(self, accelerator: Accelerator, run: Path, step: int, n_steps: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, run: Path, step: int, n_steps: int, utilisation: Utilisation | None = None
+    ) -> None:
         """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go.
 
         Raises:
             SaveFailed: the file can't be written; on every process.
         """
         self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
+        self.utilisation = utilisation or (lambda rate: {})
         self.metrics_path = run / "metrics.jsonl"
         self.bar, self.step, self.n_steps, self.unwritten = None, step, n_steps, set()
         why = None
@@ -104,11 +108,11 @@ class RunLog:
         self.drawn, self.redraw = time.monotonic(), False
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
-        """Images per second since the last call."""
+        """Images per second since the last call, and the utilisation (mfu) once it is known."""
         now, seconds = time.monotonic(), time.monotonic() - self.clock
         rate = (step - self.clock_step) * batch_size / max(seconds, 1e-9)
         self.clock, self.clock_step = now, step
-        return {"images_per_second": round(rate, 1)}
+        return {"images_per_second": round(rate, 1)} | self.utilisation(rate)
 
     def progress(self, **shown: float) -> None:
         """One step further; numbers beside the bar where any are given."""

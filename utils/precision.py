@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from models import build_model
-from models.flops import forward_flops
 from utils.errors import InputError
+from utils.utilisation import network_flops
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS = 1e16  # operations that take about 100 seconds on an H100 uncompiled, and half of that compiled
@@ -79,9 +78,7 @@ def training_flops(config: DictConfig) -> float:
     train = config.train
     if train.n_epochs is not None:
         return math.inf
-    with torch.device("meta"):
-        net = build_model(config.model, config.data.image_size, config.data.channels, config.diffusion.learn_variance)
-    return 3.0 * forward_flops(net) * train.batch_size * train.n_steps
+    return 3.0 * network_flops(config) * train.batch_size * train.n_steps
 
 
 def memory_format(config: DictConfig) -> torch.memory_format:

@@ -1,0 +1,66 @@
+"""One contestant in a process of its own: sets up, then does as many units of work as standard input asks for.
+
+    python benchmarks/contestant.py '{"name": "ours", "task": "train", ...}'     (benchmarks/speed.py starts it)
+
+A line "N" on standard input asks for N units; the answer is a line of JSON with the seconds they took. "stop" is
+answered with the peak memory. What contestants print goes to a log file in their scratch folder.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    log = os.open(Path(asked["scratch"]) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+    import torch
+    from contestants import CONTESTANTS, PRESETS, Work
+
+    module, switches, _ = CONTESTANTS[asked["name"]]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = PRESETS[asked["preset"]]
+    work = Work(preset, asked["images"], asked["scratch"], asked["batch_size"], asked["steps"], switches, device)
+    entry = importlib.import_module(f"contestants.{module}")
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def answer(**values) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    if asked["task"] == "gflop":
+        answer(gflop=entry.gflop(work))
+        return
+    units = getattr(entry, asked["task"])(work)
+    next(units)
+    answer(ready=True)
+    for line in sys.stdin:
+        if line.strip() == "stop":
+            gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+            answer(peak_mib=round((gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20))
+            break
+        wait()
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            next(units)
+        wait()
+        answer(seconds=time.perf_counter() - start)
+    answers.flush()
+    os._exit(0)  # some have threads that wait for more work
+
+
+if __name__ == "__main__":
+    main()

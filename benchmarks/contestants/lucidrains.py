@@ -1,0 +1,71 @@
+"""denoising-diffusion-pytorch: its Trainer, held up between its batches, and its sampler, with its own network."""
+
+from __future__ import annotations
+
+import threading
+from queue import Queue
+
+import torch
+
+
+def build(work):
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    preset = work.preset
+    net = Unet(
+        preset.lucidrains_dim, dim_mults=preset.dim_mults, channels=preset.channels, dropout=preset.dropout,
+        flash_attn=work.on("flash"),
+    )  # fmt: skip
+    return GaussianDiffusion(
+        net, image_size=preset.image_size, timesteps=1000, sampling_timesteps=work.steps, objective="pred_noise",
+        beta_schedule="linear",
+    )  # fmt: skip
+
+
+def gflop(work) -> float:
+    from contestants import forward_gflop
+
+    return forward_gflop(build(work).model, work.preset.image_size, work.preset.channels)
+
+
+def train(work):
+    from denoising_diffusion_pytorch import Trainer
+
+    trainer = Trainer(
+        build(work), work.images, train_batch_size=work.batch_size, train_num_steps=100_000,
+        save_and_sample_every=1_000_000, results_folder=f"{work.scratch}/results", calculate_fid=False,
+        amp=work.on("bf16"), mixed_precision_type="bf16",
+    )  # fmt: skip
+    go, done, batches = Queue(), Queue(), trainer.dl
+
+    def held_up():
+        for batch in batches:
+            done.put(None)
+            go.get()
+            yield batch
+
+    trainer.dl = held_up()
+
+    def run() -> None:
+        try:
+            trainer.train()
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        error = done.get()
+        if error is not None:
+            raise error
+        yield
+        go.put("go")
+
+
+def sample(work):
+    diffusion = build(work).to(work.device).eval()
+    yield
+    while True:
+        with torch.inference_mode(), torch.autocast(work.device.type, torch.bfloat16, enabled=work.on("bf16")):
+            images = diffusion.sample(batch_size=work.batch_size)
+        assert len(images) == work.batch_size
+        yield

@@ -1,0 +1,86 @@
+"""This project: the real train_ddpm.py, held up between its batches, and generate as sample_ddpm.py calls it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gflop(work) -> float:
+    from contestants import plain_loop
+
+    return plain_loop.gflop(work)  # the same network
+
+
+def train(work):
+    """train_ddpm.py runs in a thread of its own; its batches wait for `next`."""
+    import train_ddpm
+    from utils.data.batches import Batches
+
+    go, done = Queue(), Queue()
+    from_step = Batches.from_step
+
+    def held_up(self, step, last):
+        for batch in from_step(self, step, last):
+            done.put(None)  # the unit before this batch is over; before the first batch, the set-up is
+            if go.get() == "stop":
+                return
+            yield batch
+
+    Batches.from_step = held_up
+    args = ["-c", str(ROOT / "configs" / f"{work.preset.recipe}.yaml"), "-e", f"{work.scratch}/run"]
+    args += ["--data.name", "image_folder", "--data.root", work.images, "--data.valid_fraction", "0"]
+    args += ["--train.batch_size", str(work.batch_size), "--train.n_steps", "100000"]
+    args += [f"--train.{kind}_every" + "=100000" for kind in ("save", "sample", "valid")]
+    args += ["--train.compile", "true"] if work.on("compile") else []
+
+    def run() -> None:
+        try:
+            train_ddpm.main(args)
+        except BaseException as error:
+            done.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while True:
+        error = done.get()
+        if error is not None:
+            raise error
+        yield
+        go.put("go")
+
+
+def sample(work):
+    from omegaconf import OmegaConf
+
+    from diffusions import build_process
+    from models import build_model
+    from utils import config, precision
+    from utils.distributed import use_all_cores
+    from utils.micro_batch import generate_fitting
+
+    use_all_cores()
+    recipe = ROOT / "configs" / f"{work.preset.recipe}.yaml"
+    cfg = config.merge((str(recipe), config.read_yaml(recipe)))
+    cfg.sample = OmegaConf.merge(cfg.sample, {"sampler": "ddim", "skip_type": "uniform", "skip_steps": work.steps})
+    name = precision.mixed_precision("auto")
+    precision.set_determinism(precision.wants_determinism("auto"), tf32=name != "no")
+    net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels)
+    net = net.to(work.device, memory_format=precision.memory_format(cfg)).eval().requires_grad_(False)
+    if work.on("compile"):
+        net.compile()
+    process, first = build_process(cfg.diffusion), 0
+    yield
+    while True:
+        indices = list(range(first, first + work.batch_size))
+        more = {"dtype": precision.DTYPES[name]}
+        batches = generate_fitting(net, process, cfg.sample, indices, 2022, work.batch_size, **more)
+        images = torch.cat([batch.images for batch in batches])
+        assert images.dtype == torch.uint8 and len(images) == work.batch_size
+        first += work.batch_size
+        yield

@@ -1,0 +1,218 @@
+"""Training and sampling speed, peak memory and start-up beside what else a user would pick; interleaved in one run.
+
+    python benchmarks/speed.py [--preset cifar10|digits] [--contestants ours diffusers ...] [--out speed.json]
+
+Every contestant does the same work with the same network (its own implementation; denoising-diffusion-pytorch's at the
+width of nearly the same arithmetic) in a process of its own. Round after round, each in turn does a few units while the
+others wait, so that what else the machine does meets all alike; medians over the rounds and the spread are printed.
+Memory is the peak of the process (on a GPU: of its allocator). Every round measures the machine's own ceiling too.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+from contestants import CONTESTANTS, PRESETS, Preset
+from torchvision.utils import save_image
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("torch", "torchvision", "accelerate", "diffusers", "denoising-diffusion-pytorch", "ema-pytorch")
+
+
+class Contestant:
+    """A process that sets up at once and then waits for `work`."""
+
+    def __init__(self, name: str, task: str, scratch: Path, images: Path, preset: str, batch_size: int, steps: int):
+        self.name, self.seconds = name, []
+        scratch.mkdir(parents=True)
+        asked = {"name": name, "task": task, "scratch": str(scratch), "images": str(images), "preset": preset}
+        asked |= {"batch_size": batch_size, "steps": steps}
+        launched = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, cwd=scratch,
+        )  # fmt: skip
+        self.log = scratch / "log.txt"
+        self._answer()
+        self.ready = time.perf_counter() - launched
+        self.work(1)
+        self.first = time.perf_counter() - launched  # from launch to the first step, or to the first images
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} failed; its log ends:\n{self.log.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def work(self, units: int) -> float:
+        """Seconds per unit."""
+        print(units, file=self.process.stdin, flush=True)
+        return self._answer()["seconds"] / units
+
+    def stop(self) -> int:
+        """Ends the process; its peak memory [MiB]."""
+        print("stop", file=self.process.stdin, flush=True)
+        peak = self._answer()["peak_mib"]
+        self.process.wait()
+        return peak
+
+
+def ceiling() -> dict[str, float]:
+    """The machine at its best: GFLOP/s of a large matrix product, GB/s of a large copy (read and written)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = 8192 if device == "cuda" else 3072
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def best_of(run, times: int = 4) -> float:
+        run()
+        seconds = []
+        for _ in range(times):
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(n, n, device=device).to(dtype)
+        found[name] = 2 * n**3 / best_of(lambda: a @ a) / 1e9
+    a = torch.randn(2**26, device=device)
+    b = torch.empty_like(a)
+    found["copy"] = 2 * a.numel() * a.element_size() / best_of(lambda: b.copy_(a)) / 1e9
+    return found
+
+
+def gflop(name: str, scratch: Path, preset: str) -> float:
+    """Of one forward pass of one image."""
+    asked = {
+        "name": name,
+        "task": "gflop",
+        "scratch": str(scratch),
+        "images": "",
+        "preset": preset,
+        "batch_size": 1,
+        "steps": 1,
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)], capture_output=True, text=True
+    )
+    return json.loads(done.stdout)["gflop"]
+
+
+def make_images(folder: Path, preset: Preset, n: int = 1024) -> None:
+    """Smooth random pictures: speed does not depend on what they show."""
+    (folder / "class").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n, preset.channels, 4, 4, generator=generator)
+    for i, image in enumerate(torch.nn.functional.interpolate(coarse, size=preset.image_size, mode="bicubic")):
+        save_image(image.clamp(0, 1), folder / "class" / f"{i:04d}.png")
+
+
+def measure(task: str, options, place: Path, images: Path, batch_size: int) -> tuple[list[dict], list[dict]]:
+    """(a row for each contestant, the ceilings of each round)."""
+    rows, ceilings, contestants = [], [], []
+    for i, name in enumerate(options.contestants):
+        print(f"{task}: {name} sets up", file=sys.stderr)
+        more = (place / f"{task}{i}", images, options.preset, batch_size, options.steps)
+        contestants.append(Contestant(name, task, *more))
+    for number in range(options.rounds + 1):
+        ceilings.append(ceiling())
+        for contestant in contestants:
+            seconds = contestant.work(options.units)
+            if number:  # the first round warms up
+                contestant.seconds.append(seconds)
+                print(f"{task}, round {number}: {contestant.name} {batch_size / seconds:.2f}/s", file=sys.stderr)
+    for contestant in contestants:
+        rates = [batch_size / seconds for seconds in contestant.seconds]
+        rows.append({
+            "task": task, "name": contestant.name, "per_second": median(rates), "lowest": min(rates),
+            "highest": max(rates), "first": contestant.first, "peak_mib": contestant.stop(),
+        })  # fmt: skip
+    return rows, ceilings[1:]
+
+
+def table(rows: list[dict], gflops: dict[str, float], best: dict[str, float], steps: int) -> str:
+    """Markdown."""
+    out = [
+        "| | images/s (spread) | ours is | GFLOP/s | of the bf16 ceiling | first | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = next((r["per_second"] for r in rows if r["task"] == task and r["name"] == "ours"), None)
+        for row in (r for r in rows if r["task"] == task):
+            rate = row["per_second"]
+            achieved = rate * gflops[row["name"]] * (3 if task == "train" else steps)
+            out.append(
+                f"| {task}, {row['name']} | {rate:.4g} ({row['lowest']:.4g} to {row['highest']:.4g}) "
+                f"| {f'{mine / rate:.2f} x' if mine else ''} | {achieved:.0f} | {achieved / best['bf16']:.0%} "
+                f"| {row['first']:.1f} s | {row['peak_mib']:,} |"
+            )
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cifar10")
+    usual = [name for name in CONTESTANTS if "compiled" not in name]
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=usual, metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", choices=("train", "sample"), default=["train", "sample"])
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up")
+    parser.add_argument("--units", type=int, help="updates, or batches of images, per round (2 or 1; digits: 20 or 2)")
+    parser.add_argument("--steps", type=int, default=4, help="of DDIM; all steps cost the same")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    options = parser.parse_args()
+    preset, given = PRESETS[options.preset], options.units
+    batch_size = options.batch_size or preset.batch_size
+    rows, ceilings = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        make_images(place / "images", preset)
+        gflops = {name: gflop(name, place, options.preset) for name in options.contestants}
+        for task in options.tasks:
+            small = options.preset == "digits"
+            options.units = given or ({"train": 20, "sample": 2} if small else {"train": 2, "sample": 1})[task]
+            found, peaks = measure(task, options, place, place / "images", batch_size)
+            rows, ceilings = rows + found, ceilings + peaks
+    best = {name: median(c[name] for c in ceilings) for name in ceilings[0]}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machine = f"{device}, {torch.get_num_threads()} threads"
+    versions = {name: version(name) for name in PACKAGES}
+    text = table(rows, gflops, best, options.steps)
+    print(
+        f"\n{options.preset}, batch {batch_size}, DDIM with {options.steps} steps; {machine}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+    )
+    print(
+        "ceiling: "
+        + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in best.items())
+    )
+    print(
+        f"sampling 1,000 images takes ours {1000 * 50 / options.steps / rate_of(rows, 'sample'):.0f} s by DDIM-50 and "
+        f"{1000 * 1000 / options.steps / rate_of(rows, 'sample'):.0f} s by 1,000 steps, going by these"
+        if "sample" in options.tasks
+        else ""
+    )
+    print(f"\n{text}")
+    if options.out:
+        result = {"preset": options.preset, "batch_size": batch_size, "steps": options.steps, "machine": machine}
+        result |= {"versions": versions, "gflop": gflops, "ceiling": best, "rows": rows}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def rate_of(rows: list[dict], task: str) -> float:
+    return next((row["per_second"] for row in rows if row["task"] == task and row["name"] == "ours"), float("nan"))
+
+
+if __name__ == "__main__":
+    main()
