@@ -5,9 +5,10 @@ from functools import partial
 from torch import nn
 
 from models.conditioning import build_condition
+from models.patch_unet import PatchUNet
 from models.unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet}
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "patch_unet": PatchUNet}
 
 
 def build_model(options, image_size: int, channels: int, learn_variance: bool = False) -> nn.Module:

@@ -39,7 +39,7 @@ DatasetName = Literal[
     "image_folder",
     "huggingface",
 ]
-ModelName = Literal["unet"]
+ModelName = Literal["unet", "patch_unet"]
 BetaSchedule = Literal["linear", "cosine", "sigmoid", "quad", "const", "jsd"]
 Objective = Literal["pred_eps", "pred_x0", "pred_v"]
 SamplerName = Literal["fixed-large", "fixed-small", "learned-range", "ddim", "heun", "dpm++2m", "unipc"]
@@ -78,7 +78,7 @@ class Data:
 
 @dataclass
 class Model:
-    name: ModelName = key("unet", "network")
+    name: ModelName = key("unet", "network: the paper's, or the same on patches of 2x2 pixels, for short budgets")
     dim: int = key(128, "width of the first level [channels]", ge=1)
     dim_mults: list[int] = key([1, 2, 2, 2], "width of each level as a multiple of dim; each level halves the image")
     attn_resolutions: list[int] = key([16], "image sizes at which residual blocks are followed by attention [pixels]")

@@ -47,8 +47,9 @@ def check(config: DictConfig, training: bool = True) -> None:
 
 
 def level_sizes(config: DictConfig) -> list[int]:
-    """Image size at each level of the U-Net [pixels]."""
-    return [config.data.image_size >> level for level in range(len(config.model.dim_mults))]
+    """Image size at each level of the U-Net [pixels]; patch_unet halves it before the first."""
+    first = 1 if config.model.name == "patch_unet" else 0
+    return [config.data.image_size >> first + level for level in range(len(config.model.dim_mults))]
 
 
 def check_data(data: DictConfig) -> None:
@@ -60,12 +61,14 @@ def _check_model(config: DictConfig) -> None:
     data, model = config.data, config.model
     if not model.dim_mults or min(model.dim_mults) < 1:
         raise InputError(f"model.dim_mults = {list(model.dim_mults)}: wanted one positive multiple per level")
-    factor = 2 ** (len(model.dim_mults) - 1)
+    halvings = len(model.dim_mults) - 1 + (model.name == "patch_unet")
+    factor = 2**halvings
     if data.image_size % factor:
         near = max(factor, round(data.image_size / factor) * factor)
+        patches = " and the patches of patch_unet" if model.name == "patch_unet" else ""
         raise InputError(
-            f"data.image_size = {data.image_size}: the {len(model.dim_mults)} levels of model.dim_mults halve it "
-            f"{len(model.dim_mults) - 1} times, so it must be a multiple of {factor}, such as {near}"
+            f"data.image_size = {data.image_size}: the {len(model.dim_mults)} levels of model.dim_mults{patches} halve "
+            f"it {halvings} times, so it must be a multiple of {factor}, such as {near}"
         )
     sizes = level_sizes(config)
     for size in model.attn_resolutions:

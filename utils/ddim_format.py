@@ -27,6 +27,7 @@ KEYS = {  # theirs -> ours
     "diffusion.num_diffusion_timesteps": "diffusion.total_steps",
 }
 DEMANDS = {  # key of ours -> the values that their code has
+    "model.name": ("unet",),
     "model.n_heads": (1,),
     "model.norm_groups": (32,),
     "model.condition": ("none",),

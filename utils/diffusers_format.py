@@ -131,6 +131,8 @@ def unet_json(config: DictConfig) -> dict[str, Any]:
     attention = [data.image_size >> level in model.attn_resolutions for level in range(len(widths))]
     attended = sorted({width for width, has in zip(widths, attention) if has} | {widths[-1]})
     wrong = []
+    if model.name != "unet":
+        wrong.append(f"model.name = {model.name}")
     if model.dim_mults[0] != 1:
         wrong.append(f"model.dim_mults[0] = {model.dim_mults[0]} (its first level is as wide as the first convolution)")
     if model.n_heads > 1 and len(attended) > 1:

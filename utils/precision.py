@@ -15,7 +15,7 @@ from utils.utilisation import network_flops
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS = 1e16  # operations that take about 100 seconds on an H100 uncompiled, and half of that compiled
-NARROW = 64  # below this width a CPU gains nothing from channels_last
+NARROW = 96  # below this width a CPU gains nothing from channels_last (measured: docs/performance.md)
 
 
 def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]:
