@@ -1,0 +1,174 @@
+"""What makes runs fast must change nothing else: dropout, patches, filled batches, compilation, shares of the time."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY, run
+from test_generate import INDICES, PROCESS, STEPS, options, unet
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusions.cuda_graph import Graphed
+from diffusions.generate import generate
+from diffusions.process import GaussianDiffusion
+from models import build_model
+from models.flops import forward_flops
+from models.layers import Dropout, twice_the_size
+from utils import config, precision, utilisation
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("p", [0.1, 0.3])
+def test_dropout_drops_and_scales(layout, p):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 33, 35).contiguous(memory_format=layout).requires_grad_()
+    layer = Dropout(p)
+    y = layer(x)
+    kept = y != 0
+    n = x.numel()
+    assert abs((~kept).sum().item() - n * p) < 5 * math.sqrt(n * p * (1 - p))
+    torch.testing.assert_close(y[kept], x[kept] / (1 - p), rtol=1e-4, atol=0)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, kept / (1 - p), rtol=1e-4, atol=0)
+    for dim in range(4):  # neighbours are independent of each other
+        together = (kept.narrow(dim, 1, x.shape[dim] - 1) & kept.narrow(dim, 0, x.shape[dim] - 1)).float().mean().item()
+        assert abs(together - (1 - p) ** 2) < 0.01
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_dropout_is_a_function_of_the_generator():
+    x, layer = torch.randn(2, 8, 4, 4), Dropout(0.5)
+    draw = lambda seed: (torch.manual_seed(seed), layer(x))[1]
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+    strided = torch.randn(8, 8, 4, 4)[::2]  # not dense: PyTorch's own
+    assert layer(strided).shape == strided.shape
+
+
+def test_flops_are_those_of_a_forward_pass():
+    options = SimpleNamespace(
+        name="unet", dim=128, dim_mults=[1, 2, 2, 2], attn_resolutions=[16], num_res_blocks=2, n_heads=1,
+        norm_groups=32, dropout=0.1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert forward_flops(build_model(options, 32, 3)) == pytest.approx(12.44e9, rel=1e-3)
+    net = unet()
+    net.compile()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.compiler.disable(net.forward)(torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    assert forward_flops(net) == counter.get_total_flops()
+
+
+def test_patch_unet_sees_each_pixel_and_has_the_variance_second():
+    torch.manual_seed(0)
+    small = SimpleNamespace(
+        name="patch_unet", dim=8, dim_mults=[1, 2], attn_resolutions=[4], num_res_blocks=1, n_heads=1, norm_groups=4,
+        dropout=0.0,
+    )  # fmt: skip
+    net = build_model(small, 16, 1, learn_variance=True).eval()
+    for parameter in net.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x, t = torch.randn(2, 1, 16, 16, requires_grad=True), torch.tensor([3, 900])
+    out = net(x, t)
+    assert out.shape == (2, 2, 16, 16) and (net.image_size, net.in_channels) == (16, 1)
+    (gradient,) = torch.autograd.grad(out[:, :1, 5, 7].sum(), x)
+    assert (gradient != 0).flatten(1).all()  # attention sees everything
+    process = GaussianDiffusion(PROCESS.alpha_bar, learn_variance=True)
+    batches = list(generate(net, process, options(sampler="learned-range"), range(3), 0, 2))
+    assert torch.cat([b.images for b in batches]).shape == (3, 1, 16, 16)
+
+
+def test_patch_unet_through_the_command_line(tmp_path):
+    small = ["--model.name", "patch_unet", "--model.dim_mults", "[1]", "--model.attn_resolutions", "[4]"]
+    run("train_ddpm.py", "-e", tmp_path / "run", *TINY, *small, "--train.n_steps", 3, cwd=tmp_path)
+    run("sample_ddpm.py", "--weights", tmp_path / "run", "--n_samples", 3, "--save_dir", tmp_path / "out", cwd=tmp_path)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    done = run("convert_ddpm.py", "--weights", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "d",
+               cwd=tmp_path, status=2)  # fmt: skip
+    assert "model.name = patch_unet" in done.stderr
+    done = run("train_ddpm.py", "-e", tmp_path / "no", *TINY, *small, "--data.image_size", 7, cwd=tmp_path, status=2)
+    assert "multiple of 2" in done.stderr
+
+
+class Counted(nn.Module):
+    """Counts the batch sizes that a network meets, and calls itself compiled."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.sizes = net, []
+        self.image_size, self.in_channels = net.image_size, net.in_channels
+        self._compiled_call_impl = None
+
+    def forward(self, x, t):
+        self.sizes.append(len(x))
+        return self.net(x, t)
+
+
+def test_a_compiled_network_meets_one_batch_size():
+    net = unet()
+    plain = torch.cat([b.images for b in generate(net, PROCESS, options(), INDICES, 3, 7)])
+    counted = Counted(net)
+    counted._compiled_call_impl = counted._call_impl  # as nn.Module.compile leaves it
+    batches = list(generate(counted, PROCESS, options(), INDICES, 3, 7, n_frames=2))
+    assert counted.sizes == [7] * 3 * STEPS
+    assert torch.cat([b.indices for b in batches]).tolist() == INDICES
+    assert (torch.cat([b.images for b in batches]).int() - plain.int()).abs().max() <= 1
+    assert [len(b.frames) for b in batches] == [7, 7, 2]
+
+
+def test_on_a_cpu_a_graphed_network_is_the_network():
+    net = unet()
+    graphed, x, t = Graphed(net), torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    with torch.no_grad():
+        assert all(torch.equal(graphed(x, t), net(x, t)) for _ in range(4)) and not graphed.graphs
+    assert graphed.image_size == 8 and not hasattr(graphed, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "flops", "wanted"),
+    [("auto", True, 1e17, True), ("auto", True, 1e13, False), ("auto", False, 1e20, False), ("true", False, 0, True),
+     ("false", True, 1e20, False)],
+)  # fmt: skip
+def test_compilation_is_decided_by_the_work(monkeypatch, asked, gpu, flops, wanted):
+    monkeypatch.setattr(precision, "on_gpu", lambda: gpu)
+    assert precision.wants_compile(asked, lambda: flops) is wanted
+
+
+def test_training_flops_come_from_the_configuration():
+    cfg = config.merge(("test", {"train.n_steps": 10, "train.batch_size": 4, "data.image_size": 16}))
+    assert precision.training_flops(cfg) == 3 * 10 * 4 * utilisation.network_flops(cfg)
+    assert precision.training_flops(config.merge(("test", {"train.n_epochs": 2}))) == math.inf
+
+
+def test_utilisation(monkeypatch):
+    monkeypatch.setattr(utilisation, "matmul_rate", lambda device, dtype: 6e12)
+    monkeypatch.setattr(utilisation, "network_flops", lambda config: 1e9)
+    monkeypatch.setattr(utilisation, "AFTER", 1000.0)
+    found = utilisation.Utilisation(None, torch.device("cpu"), None, world=2)
+    assert found(100.0) == {}
+    found.started -= 1001
+    assert found(1000.0) == {"mfu": 0.25} and found(2000.0) == {"mfu": 0.5}  # 2 x 6e12 / 3e9 = 4,000 images/s at best
+    assert utilisation.matmul_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_twice_the_size_is_nearest_neighbour():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(twice_the_size(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_profiles(tmp_path):
+    args = ["-e", "run", *TINY, "--train.n_steps", 28, "--train.profile", "true"]
+    told = run("train_ddpm.py", *args, cwd=tmp_path).stderr
+    assert "ms per step, steps 6 to 20" in told
+    for name in ("network, forward and backward", "data, noise, conditions", "optimizer", "EMA", "logs, previews"):
+        assert name in told
+    shares = [float(line.split("%")[0]) for line in told.splitlines() if "% " in line and " ms  " in line]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.5)
+    assert json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    args = ["--weights", "run", "--n_samples", 3, "--save_dir", "out", "--profile"]
+    told = run("sample_ddpm.py", *args, cwd=tmp_path).stdout
+    assert "network" in told and "PNG writers" in told
+    assert json.loads((tmp_path / "out-trace.json").read_text())["traceEvents"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{i:06d}.png" for i in range(3)} | {"protocol.json"}
