@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 TEST_PROCESSES ?= 2
+BENCH ?= runs/bench
 
-.PHONY: demo demo-text test chaos soak lint venv clean-demo
+.PHONY: demo demo-text test bench chaos soak lint venv clean-demo
 
 demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under five minutes on two CPU cores
 	$(BIN)/python train_ddpm.py -c configs/ddpm_digits.yaml -e $(DEMO) -r auto
@@ -29,6 +30,11 @@ demo-text: $(VENV)/.installed  ## train digits that are drawn as a prompt says, 
 
 test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
+
+bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-pytorch and a plain loop: about 20 minutes on two CPU cores
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check denoising-diffusion-pytorch
+	$(BIN)/python benchmarks/speed.py --preset cifar10 --out $(BENCH)/cifar10.json
+	$(BIN)/python benchmarks/speed.py --preset digits --out $(BENCH)/digits.json
 
 chaos: $(VENV)/.installed-dev  ## kill trainings and generations several hundred times: more than an hour
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
