@@ -31,6 +31,7 @@ test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
 bench: $(VENV)/.installed-dev  ## speed and memory beside other trainers, in one run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'denoising-diffusion-pytorch>=2.3'
 	$(BIN)/python benchmarks/speed.py --preset digits
 
 chaos: $(VENV)/.installed-dev  ## kill trainings and generations several hundred times: more than an hour
