@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 TEST_PROCESSES ?= 2
 
-.PHONY: demo demo-text test bench chaos soak lint venv clean-demo
+.PHONY: demo demo-text test chaos soak lint venv clean-demo
 
 demo: $(VENV)/.installed  ## train, sample and score handwritten digits: under five minutes on two CPU cores
 	$(BIN)/python train_ddpm.py -c configs/ddpm_digits.yaml -e $(DEMO) -r auto
@@ -29,10 +29,6 @@ demo-text: $(VENV)/.installed  ## train digits that are drawn as a prompt says, 
 
 test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
-
-bench: $(VENV)/.installed-dev  ## speed and memory beside other trainers, in one run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'denoising-diffusion-pytorch>=2.3'
-	$(BIN)/python benchmarks/speed.py --preset digits
 
 chaos: $(VENV)/.installed-dev  ## kill trainings and generations several hundred times: more than an hour
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
