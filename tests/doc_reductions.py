@@ -5,6 +5,7 @@ Every entry is checked to match some command, so that none outlives the text it 
 To extend: a new page or command needs nothing, unless it samples from a run that no documented command trains (one
 line in RUNS), reads images of one's own (FOLDERS), needs something to be there first (a Rule with `before`), or can't
 run here (a Rule with "parse": its options are still read by the real parser; "outside": another project's program).
+"refused" is for a command that is shown with the error it ends in: that line must stand on the page.
 """
 
 import re
@@ -18,7 +19,7 @@ from utils import cli, config
 @dataclass(frozen=True)
 class Rule:
     pattern: str  # searched in the command's words, joined by blanks
-    how: str  # run, parse or outside
+    how: str  # run, parse, refused or outside
     why: str
     before: str = ""  # a command to run first, reduced like the others
 
@@ -34,6 +35,14 @@ RULES = [
     ),
     Rule(r"--data\.name huggingface", "parse", "the data set is a download"),
     Rule(r"--train\.shard true", "parse", "divides among several processes"),
+    Rule(
+        r"--model\.text_encoder openai/",
+        "parse",
+        "the encoder is a download; tests/test_frozen_encoder.py has tiny ones",
+    ),
+    Rule(r"--train\.random_flip ", "refused", "shows what a wrong key is answered with"),
+    Rule(r"^python main\.py ", "outside", "the DDIM authors' script"),
+    Rule(r"^accelerate launch train_unconditional\.py ", "outside", "diffusers' example"),
     Rule(r"^fidelity ", "outside", "torch-fidelity's own command; tests/test_fidelity_cli.py runs it"),
     Rule(r"^python -m pytorch_fid ", "outside", "pytorch-fid"),
     Rule(r"^python -c .*cleanfid", "outside", "clean-fid"),
@@ -55,7 +64,7 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "model-790000.ckpt": ("configs/ddpm_cifar10.yaml", {}),
 }
 
-FOLDERS = ("photos/", "photos.zip", "birds/", "data/celeba_hq_256")  # data.root where that is a folder of images
+FOLDERS = ("photos", "photos/", "photos.zip", "birds/", "data/celeba_hq_256")  # data.root: a folder of images
 
 LARGEST = {  # of an option's number
     "--n_samples": 16,

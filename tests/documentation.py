@@ -96,7 +96,10 @@ def commands() -> list[Command]:
     """Every command of the pages' blocks and of the recipes' comments; the same line on several pages once."""
     found = [command for page in PAGES for block in blocks(page) for command in commands_of(block)]
     found += [command for path in CONFIGS for command in _commented(path)]
-    return list({command.words: command for command in reversed(found)}.values())[::-1]
+    firsts: dict[tuple[str, ...], Command] = {}
+    for command in found:
+        firsts.setdefault(command.words, command)
+    return list(firsts.values())
 
 
 def _commented(path: Path) -> list[Command]:

@@ -202,6 +202,12 @@ def test_a_network_that_was_never_left_without_a_condition_needs_one(tmp_path) -
     refused(sample_ddpm.main, *base, "--labels", "all", "--guidance_scale", 2, cwd=tmp_path, says=says)
 
 
+def test_a_caption_of_a_label_may_be_too_long(untrained, tmp_path) -> None:
+    base = ["--weights", untrained["text"], "--n_samples", 1, "--save_dir", "out", "--labels", "3"]
+    says = ["'the very long digit 3'", "has 21 bytes", "at most 15"]
+    refused(sample_ddpm.main, *base, "--data.captions", "[the very long digit {}]", cwd=tmp_path, says=says)
+
+
 def test_scores_over_guidance_scales(untrained, tmp_path) -> None:
     """Rows differ by scale, classes have a table, nothing is computed twice, and what is stored can be verified."""
     scored = ["--weights", untrained["text"], "--reference", "digits", *CLASSIFIER,
@@ -226,6 +232,8 @@ def test_scores_over_guidance_scales(untrained, tmp_path) -> None:
     del scored[scored.index("--force")]
     few = call(evaluate_ddpm.main, *scored, "--seed", 5, cwd=tmp_path, status=2).stderr.splitlines()[-1]
     assert "--per_class: the class 8 has 15 images, fewer than the 64 dimensions" in few and "--force" in few
+    fewer = call(evaluate_ddpm.main, *scored, "--n_samples", 30, "--force", cwd=tmp_path, status=2).stderr.splitlines()
+    assert "--per_class: the class" in fewer[-1] and "wanted at least 4" in fewer[-1]
 
 
 def test_real_images_in_place_of_generated_ones_are_what_was_asked(untrained, tmp_path, monkeypatch) -> None:

@@ -108,11 +108,10 @@ def check_text(text: str | None, reader: Reader, whose: str) -> None:
 
 
 def check_asked(asked: Asked, reader: Reader | None) -> None:
-    """Raise InputError where a frozen encoder can't be had, or can't read a text; bytes were counted before."""
-    if not isinstance(reader, FeatureReader) or not asked.entries:
+    """Raise InputError where a frozen encoder can't be had, or a text (also a class's caption) is too long."""
+    if reader is None or not asked.entries:
         return
+    most = reader.length - reader.extra
     for text in dict.fromkeys(asked.entries):
-        if (size := reader.size(text)) > reader.length:
-            raise InputError(
-                f"prompt {text[:30]!r}...: has {size} tokens, but the network reads at most {reader.length}"
-            )
+        if (size := reader.size(text)) > most:
+            raise InputError(f"prompt {text[:30]!r}...: has {size} {reader.unit}, but the network reads at most {most}")

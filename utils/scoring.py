@@ -27,6 +27,7 @@ from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, Statistics, open_extractor, scores
 from utils.micro_batch import FIRST, generate_fitting
+from utils.precision_recall import NEIGHBOR
 from utils.process import evaluations
 from utils.protocol import circumstances, sampling_identity
 from utils.readers import check_asked, open_reader
@@ -124,15 +125,21 @@ def check_conditional(config: DictConfig, found, labels: Tensor | None, per_clas
         )
 
 
-def check_class_counts(labels: Tensor, extractor: Extractor, found: Reference) -> None:
-    """Raise InputError where a class has fewer images, made or real, than there are feature dimensions."""
+def check_class_counts(labels: Tensor, extractor: Extractor, found: Reference, force: bool) -> None:
+    """Raise InputError where a class has fewer images, made or real, than feature dimensions (forced: neighbours)."""
     dims = extractor.n_features(extractor([found.images[0][None]]))
     for what, counted in (("images", labels), ("reference images", found.images.labels)):
         counts = counted.bincount(minlength=len(found.images.classes))
-        if (fewest := int(counts.min())) < dims:
+        fewest, rarest = int(counts.min()), found.images.classes[int(counts.argmin())]
+        if fewest <= NEIGHBOR:
             raise InputError(
-                f"--per_class: the class {found.images.classes[int(counts.argmin())]} has {fewest} {what}, fewer than "
-                f"the {dims} dimensions of {extractor.name}, so that FID has no meaning; --force scores all the same"
+                f"--per_class: the class {rarest} has {fewest} {what}: wanted at least {NEIGHBOR + 1}, the neighbours "
+                "of precision (a larger --n_samples, or a larger reference)"
+            )
+        if fewest < dims and not force:
+            raise InputError(
+                f"--per_class: the class {rarest} has {fewest} {what}, fewer than the {dims} dimensions of "
+                f"{extractor.name}, so that FID has no meaning; --force scores all the same"
             )
 
 
@@ -212,8 +219,8 @@ class Scorer:
         check_asked(asked, open_reader(config, accelerator.device))
         extractor, accuracy = open_for_scores(accelerator, config.evaluate, found, generative(config.evaluate))
         check_count(n, extractor, found, force)
-        if per_class and not force:
-            check_class_counts(labels, extractor, found)
+        if per_class:
+            check_class_counts(labels, extractor, found, force)
         has_floor = found.test is not None and len(found.test) >= FEWEST
         for_floor = [found.train, found.test] if has_floor else [None, None]
         stored = found if isinstance(found, StoredReference) else None

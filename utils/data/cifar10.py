@@ -1,5 +1,7 @@
 """CIFAR-10 from torchvision, which verifies its files' MD5 sums and downloads them where they are missing."""
 
+import tarfile
+
 import numpy as np
 import torch
 
@@ -11,6 +13,8 @@ def load_cifar10(options) -> dict[str, ImageSet]:
     """{"train": 50,000 images, "test": 10,000}."""
     from torchvision.datasets import CIFAR10
 
+    if hasattr(tarfile, "data_filter"):  # what torchvision unpacks stays below the root; before Python 3.14 it need not
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     sets = {}
     for split in ("train", "test"):
         try:
