@@ -35,6 +35,7 @@ bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check denoising-diffusion-pytorch
 	$(BIN)/python benchmarks/speed.py --preset cifar10 --out $(BENCH)/cifar10.json
 	$(BIN)/python benchmarks/speed.py --preset digits --out $(BENCH)/digits.json
+	$(BIN)/python benchmarks/scaling.py --out $(BENCH)
 
 chaos: $(VENV)/.installed-dev  ## kill trainings and generations several hundred times: more than an hour
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py

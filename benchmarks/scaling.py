@@ -1,0 +1,143 @@
+"""What training and sampling cost against image size, batch, sampling steps, number of images and processes.
+
+    python benchmarks/scaling.py [--out runs/bench]        writes scaling.json, scaling.md and scaling.png
+
+One small network (dim 32, multiples 1 2 2) at several sizes; two processes (gloo on a CPU) run the real train_ddpm.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from diffusions import build_process, generate
+from diffusions.pixels import to_unit
+from models import build_model
+from models.flops import forward_flops
+from utils import config, precision
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {
+    "dim": 32,
+    "dim_mults": [1, 2, 2],
+    "attn_resolutions": [],
+    "num_res_blocks": 1,
+    "n_heads": 1,
+    "norm_groups": 8,
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = precision.DTYPES[precision.mixed_precision("auto")]
+
+
+def network(size: int):
+    net = build_model(SimpleNamespace(name="unet", dropout=0.0, **OPTIONS), size, 1).to(DEVICE)
+    return net.to(memory_format=torch.channels_last if DEVICE.type == "cuda" else torch.contiguous_format)
+
+
+def seconds(run, times: int = 5) -> float:
+    run()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return median(found)
+
+
+def training(size: int, batch: int) -> float:
+    """Seconds of one optimizer update."""
+    net, process = network(size).train(), build_process(config.merge().diffusion)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    images = torch.randint(0, 256, (batch, 1, size, size), dtype=torch.uint8, device=DEVICE)
+    t, eps = torch.randint(0, 1000, (batch,), device=DEVICE), torch.randn(batch, 1, size, size, device=DEVICE)
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE is not None):
+            loss = process.loss(net, to_unit(images), t, eps).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return seconds(step)
+
+
+def sampling(steps: int, n: int, micro_batch: int = 32) -> float:
+    """Seconds to make n images of 16 pixels by ddim."""
+    net, process = network(16).eval().requires_grad_(False), build_process(config.merge().diffusion)
+    options = SimpleNamespace(sampler="ddim", skip_type="uniform", skip_steps=steps, eta=0.0, clip_denoised=True)
+    return seconds(lambda: list(generate(net, process, options, range(n), 0, micro_batch, dtype=DTYPE)), 3)
+
+
+def processes(n: int, batch: int = 128) -> float:
+    """Images per second of train_ddpm.py on n processes, one thread each, with one global batch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (
+        {} if DEVICE.type == "cuda" else {"ACCELERATE_USE_CPU": "true"}
+    )
+    with tempfile.TemporaryDirectory() as place:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        args = [
+            "-e",
+            f"{place}/run",
+            "--train.batch_size",
+            str(batch),
+            "--train.n_steps",
+            "60",
+            "--train.log_every",
+            "10",
+        ]
+        args += [f"--train.{kind}_every=1000" for kind in ("sample", "valid", "save")] + ["--train.n_samples", "1"]
+        subprocess.run(
+            [*launcher, str(ROOT / "train_ddpm.py"), *args], env=environment, check=True, capture_output=True
+        )
+        rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").read_text().splitlines()]
+    return median([row["images_per_second"] for row in rows if "images_per_second" in row][1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    found = {
+        "image size [pixels], batch 32: ms per update": {s: 1e3 * training(s, 32) for s in (8, 16, 32, 64)},
+        "batch, 16 pixels: ms per update": {b: 1e3 * training(16, b) for b in (1, 8, 32, 128, 512)},
+        "ddim steps, 32 images: s": {s: sampling(s, 32) for s in (5, 10, 20, 50)},
+        "images, 10 ddim steps: s": {n: sampling(10, n) for n in (8, 32, 128, 512)},
+        "processes, digits, batch 128: images/s": {n: processes(n) for n in (1, 2)},
+    }
+    flops = {s: forward_flops(network(s)) / 1e9 for s in (8, 16, 32, 64)}
+    lines = ["| against | values |", "|---|---|"]
+    for name, values in found.items():
+        lines.append(f"| {name} | " + ", ".join(f"{x}: {y:.3g}" for x, y in values.items()) + " |")
+    lines.append(
+        "| GFLOP of a forward pass, by image size | " + ", ".join(f"{s}: {f:.3g}" for s, f in flops.items()) + " |"
+    )
+    (out / "scaling.md").write_text("\n".join(lines) + "\n")
+    (out / "scaling.json").write_text(json.dumps(found | {"gflop": flops}, indent=1) + "\n")
+    print("\n".join(lines))
+
+    figure = Figure(figsize=(13, 3.2))
+    for axis, (name, values) in zip(figure.subplots(1, 4), list(found.items())[:4]):
+        axis.loglog(list(values), list(values.values()), "o-")
+        what, unit = name.split(": ")
+        axis.set_title(what, fontsize=9)
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(out / "scaling.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()
