@@ -22,4 +22,4 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, emb: Tensor | None = None, silu: bo
     if KERNEL and x.is_cuda and x.dtype != torch.float64 and (len(x) >= BATCH or x[0, 0].numel() <= PIXELS):
         return torch.ops.ddpm.norm_silu(x, emb, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)[0]
     h = norm(x if emb is None else x + emb[:, :, None, None])
-    return F.silu(h) if silu else h
+    return F.silu(h, inplace=not torch.is_grad_enabled()) if silu else h
