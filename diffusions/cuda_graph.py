@@ -5,17 +5,20 @@ from torch import Tensor, nn
 
 MOST_PIXELS = 2**18  # of a batch, from where on the GPU is busy anyway
 WARM_UP = 2  # calls before one is captured: compilation and the choice of algorithms are over by then
+PAYS = 20  # calls below which capturing one is not worth its time
 
 
 class Graphed:
     """Calls `net(x, t, **cond)`, by a graph from the third call with tensors of the same shapes on.
 
     The graph reads the weights where they lie, so that they must not be replaced. Only for inference on a GPU, under
-    one setting of autocast; everywhere else, and above MOST_PIXELS, the network is called as it is.
+    one setting of autocast, from one thread; everywhere else, above MOST_PIXELS, and where `net` is no module (what
+    watches the calls of one would not see a replay) it is called as it is.
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
+    def __init__(self, net: nn.Module, calls: int) -> None:
+        """calls: how many there will be."""
+        self.net, self.pays = net, calls > PAYS and isinstance(net, nn.Module)
         self.calls: dict[tuple, int] = {}
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
 
@@ -25,7 +28,7 @@ class Graphed:
     def __call__(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         """x [B, C, H, W], t [B] int64 and conditions -> what the network says, in memory of its own."""
         inputs = {"x": x, "t": t, **cond}
-        if not x.is_cuda or torch.is_grad_enabled() or x.numel() // x.shape[1] > MOST_PIXELS:
+        if not self.pays or not x.is_cuda or torch.is_grad_enabled() or x.numel() // x.shape[1] > MOST_PIXELS:
             return self.net(x, t, **cond)
         key = tuple((name, value.shape, value.dtype, value.stride()) for name, value in inputs.items())
         self.calls[key] = self.calls.get(key, 0) + 1
@@ -43,6 +46,6 @@ class Graphed:
         held = {name: value.clone() for name, value in inputs.items()}
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
             out = self.net(held["x"], held["t"], **{name: v for name, v in held.items() if name not in ("x", "t")})
         return graph, held, out

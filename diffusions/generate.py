@@ -123,7 +123,7 @@ def generate(
         view: what frames show: "x" (x_t) or "x0" (its prediction).
         walk: where the images start and how the sampler takes them on; the default starts at noise.
 
-    A compiled network meets one batch size only: the last micro-batch is filled up, and what fills it is dropped.
+    For a compiled network the last micro-batch is filled up to the size of the others, and what fills it is dropped.
 
     Raises:
         ValueError: an unknown sampler or skip type, skip_steps outside 1..T, more frames than steps, a sampler that
@@ -137,8 +137,8 @@ def generate(
     if n_frames > steps:
         raise ValueError(f"{n_frames} frames were asked of {steps} sampling steps")
     kept = frame_steps(steps, n_frames)
-    model = Graphed(model)
     indices = torch.as_tensor(indices, dtype=torch.int64)
+    model = Graphed(model, steps * -(-len(indices) // micro_batch))
     fill = is_compiled(model) and len(indices) > micro_batch
     for rows in torch.arange(len(indices)).split(micro_batch) if len(indices) else ():
         n = len(rows)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import conv, linear, norm
-from models.norm_silu import norm_silu
 
 PAD, START = 0, 257  # tokens; a byte b of the text is b + 1
 N_TOKENS = 258
@@ -157,7 +156,7 @@ class CrossAttention(nn.Module):
         A token of presence p has p times the weight that its match alone would give it.
         """
         batch, channels, height, width = x.shape
-        h = norm_silu(self.norm, x, silu=False).flatten(2).transpose(1, 2)
+        h = self.norm(x).flatten(2).transpose(1, 2)
         k, v = self.kv(context).chunk(2, dim=-1)
         q = self.q(self.norm1(h))
         h = h + self.proj(attend(q, k, v, self.heads, presence.log().to(q.dtype)[:, None, None]))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.norm_silu import norm_silu
+from models.norm_silu import Norm
 
 
 def fan_average_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
@@ -31,8 +31,8 @@ def linear(c_in: int, c_out: int) -> nn.Linear:
     return layer
 
 
-def norm(groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def norm(groups: int, channels: int) -> Norm:
+    return Norm(groups, channels, eps=1e-6)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -80,13 +80,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x [B, c_in, H, W], temb [B, c_time] already through SiLU -> [B, c_out, H, W]."""
-        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv1(self.norm1(x, silu=True))
         emb = self.temb_proj(temb)
         if self.adaptive:
             scale, shift = emb[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(norm_silu(self.norm2, h, silu=False) * (1 + scale) + shift)
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = norm_silu(self.norm2, h, emb)
+            h = self.norm2(h, emb, silu=True)
         h = self.conv2(self.dropout(h))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        h = norm_silu(self.norm, x, silu=False)
+        h = self.norm(x)
         q, k, v = (
             layer(h).view(batch, self.heads, channels // self.heads, height * width).transpose(2, 3)
             for layer in (self.q, self.k, self.v)

@@ -1,6 +1,7 @@
 """SiLU(GroupNorm(x + emb)) as one operation, by a kernel of its own on GPUs.
 
-cuDNN's convolutions want channels_last; PyTorch's GroupNorm on GPUs copies its input and hands on another layout.
+cuDNN's convolutions want channels_last; PyTorch's GroupNorm on GPUs copies its input and hands on another layout. The
+kernel takes batches of at least BATCH images, or images of at most PIXELS; all else, and all on CPUs, is PyTorch's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,19 @@ if KERNEL:
     from models import norm_silu_kernel  # noqa: F401  registers torch.ops.ddpm.norm_silu
 
 
+class Norm(nn.GroupNorm):
+    """Group normalisation, of x + emb if an embedding is given, and SiLU after it if asked."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, silu: bool = False) -> Tensor:
+        """x [B, C, H, W] and emb [B, C] (or None) -> [B, C, H, W]."""
+        return norm_silu(self, x, emb, silu)
+
+
 def norm_silu(norm: nn.GroupNorm, x: Tensor, emb: Tensor | None = None, silu: bool = True) -> Tensor:
-    """x [B, C, H, W] and emb [B, C] (or None) -> SiLU(norm(x + emb)), or without the SiLU, in the precision of x."""
-    if KERNEL and x.is_cuda and x.dtype != torch.float64 and (len(x) >= BATCH or x[0, 0].numel() <= PIXELS):
+    """SiLU(norm(x + emb)), or without the SiLU; `norm` gives the weights, groups and eps."""
+    least = 1 if x.shape[2] * x.shape[3] <= PIXELS else BATCH  # images; a process may have none
+    if KERNEL and x.is_cuda and x.dtype != torch.float64 and len(x) >= least:
         return torch.ops.ddpm.norm_silu(x, emb, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)[0]
-    h = norm(x if emb is None else x + emb[:, :, None, None])
+    h = x if emb is None else x + emb[:, :, None, None]
+    h = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(h, inplace=not torch.is_grad_enabled()) if silu else h

@@ -66,7 +66,7 @@ def _forward(
     mean = tl.where(exists, away + shift + add, 0.0)
     centre = _group_sum(mean, G, PADDED) / WIDTH - add
     around = tl.sum(squares, 0) - HW * away * away + HW * (away + shift - centre) * (away + shift - centre)
-    rstd = tl.rsqrt(_group_sum(tl.where(exists, around, 0.0), G, PADDED) / (HW * WIDTH) + eps)
+    rstd = tl.rsqrt(_group_sum(tl.where(exists, tl.maximum(around, 0.0), 0.0), G, PADDED) / (HW * WIDTH) + eps)
     tl.store(stats + image * 2 * C + c, centre, mask=exists)
     tl.store(stats + image * 2 * C + C + c, rstd, mask=exists)
 

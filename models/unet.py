@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditioning import CrossAttention, FeatureCondition, TextCondition
 from models.layers import Attention, Downsample, ResBlock, Upsample, conv, linear, norm, sinusoidal_embedding
-from models.norm_silu import norm_silu
 
 
 class UNet(nn.Module):
@@ -160,7 +159,7 @@ class UNet(nn.Module):
                 h = level.cross[j](h, *text) if len(level.cross) else h
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(norm_silu(self.norm_out, h))
+        return self.conv_out(self.norm_out(h, silu=True))
 
     def _res(self, block: ResBlock, h: Tensor, temb: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():

@@ -120,7 +120,7 @@ def test_a_compiled_network_meets_one_batch_size():
 
 def test_on_a_cpu_a_graphed_network_is_the_network():
     net = unet()
-    graphed, x, t = Graphed(net), torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    graphed, x, t = Graphed(net, 100), torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     with torch.no_grad():
         assert all(torch.equal(graphed(x, t), net(x, t)) for _ in range(4)) and not graphed.graphs
     assert graphed.image_size == 8 and not hasattr(graphed, "nothing")
@@ -140,6 +140,8 @@ def test_training_flops_come_from_the_configuration():
     cfg = config.merge(("test", {"train.n_steps": 10, "train.batch_size": 4, "data.image_size": 16}))
     assert precision.training_flops(cfg) == 3 * 10 * 4 * utilisation.network_flops(cfg)
     assert precision.training_flops(config.merge(("test", {"train.n_epochs": 2}))) == math.inf
+    of_class = config.merge(("test", {"model.condition": "class"}))  # whose classes are known with the data only
+    assert precision.training_flops(of_class) == precision.training_flops(config.merge())
 
 
 def test_utilisation(monkeypatch):

@@ -89,7 +89,7 @@ def test_graphs_and_compilation_change_no_image_by_more_than_a_level():
 
 def test_a_replayed_graph_equals_the_call():
     net, x = small_net(), torch.randn(4, 3, 16, 16, device="cuda").to(memory_format=torch.channels_last)
-    graphed = Graphed(net)
+    graphed = Graphed(net, 100)
     with torch.no_grad():
         for t in range(6):
             steps = torch.full((4,), 100 * t, device="cuda")

@@ -75,9 +75,12 @@ def size(net) -> tuple[int, int]:
 
 def by_diffusers(cfg):
     """The recipe's network in another implementation, from the text of the recipe."""
-    model, channels = cfg.model, cfg.data.channels
+    patch = 2 if cfg.model.name == "patch_unet" else 1
+    model, channels = cfg.model, cfg.data.channels * patch**2
     with torch.device("meta"):
-        small = diffusers_unet(cfg.data.image_size, model.dim, list(model.dim_mults), list(model.attn_resolutions))
+        small = diffusers_unet(
+            cfg.data.image_size // patch, model.dim, list(model.dim_mults), list(model.attn_resolutions)
+        )
         more = {"in_channels": channels, "out_channels": channels * (2 if cfg.diffusion.learn_variance else 1)}
         more |= {"layers_per_block": model.num_res_blocks, "norm_num_groups": model.norm_groups}
         more |= {"attention_head_dim": None if model.n_heads == 1 else model.dim * 2 // model.n_heads}

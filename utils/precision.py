@@ -75,9 +75,10 @@ def wants_compile(asked: str, flops: Callable[[], float]) -> bool:
 
 def training_flops(config: DictConfig) -> float:
     """Operations of a whole training; infinite where its length is not known before the data is."""
-    train = config.train
+    train, config = config.train, config.copy()
     if train.n_epochs is not None:
         return math.inf
+    config.model.condition, config.model.cross_attn_resolutions = "none", []  # classes are known with the data
     return 3.0 * network_flops(config) * train.batch_size * train.n_steps
 
 

@@ -108,6 +108,6 @@ def sample(work):
     yield
     while True:
         with torch.autocast(work.device.type, torch.bfloat16, enabled=work.on("bf16")):  # bf16 weights end in an error
-            images = pipeline(batch_size=work.batch_size, num_inference_steps=work.steps).images
+            images = pipeline(batch_size=work.batch_size, num_inference_steps=work.steps, output_type="np").images
         assert len(images) == work.batch_size
         yield

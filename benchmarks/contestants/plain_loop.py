@@ -1,4 +1,7 @@
-"""A loop of the kind of the DDIM authors' code: their network, fp32, eager, Adam, an EMA parameter by parameter."""
+"""A loop of the kind of the DDIM authors' code: fp32, eager, Adam, an EMA parameter by parameter.
+
+The network is ours, which is theirs: with our dropout on CPUs and our norm on GPUs it is faster than their own code.
+"""
 
 from __future__ import annotations
 
