@@ -31,7 +31,7 @@ class Seen:
 
 @dataclass
 class Made:
-    """A file to take away, and the command that makes it, bit for bit on the same machine."""
+    """A file to take away, and the command that makes it, bit for bit on the same CPU."""
 
     name: str
     path: Path
