@@ -60,14 +60,13 @@ def train(run) -> int:
     from utils.data.conditions import Conditions
     from utils.logging import RunLog, banner
     from utils.meter import Meter
-    from utils.optimizer import build_ema, build_optimizer, lr_at
+    from utils.optimizer import build_ema, build_optimizer, set_lr
     from utils.preview import preview, validation_loss
     from utils.profiling import TrainingProfile
     from utils.run_folder import claim
     from utils.sharding import Sharding, plain
     from utils.stopping import StopRule
     from utils.training_score import TrainingScore
-    from utils.utilisation import Utilisation
 
     cfg, opts = run.config, run.config.train
     resolved = precision.resolve(cfg, run.stored_state().get("resolved"))
@@ -103,8 +102,8 @@ def train(run) -> int:
     stop = StopRule(accelerator, opts)
 
     start, share = state["step"], opts.batch_size // world
-    log = RunLog(accelerator, run.folder, start, n_steps, Utilisation(cfg, device, dtype, world))
-    profile = TrainingProfile(opts.profile, run.folder, log)
+    log = RunLog(accelerator, run.folder, start, n_steps, cfg)
+    profile = TrainingProfile(opts.profile, log)
     banner(log, run, net, process, batches, conditions, valid, resolved, start, n_steps)
     if start >= n_steps:
         log.close()
@@ -112,14 +111,12 @@ def train(run) -> int:
 
     micro_batch = min(opts.micro_batch or share, share)
     model.train()
-    with log, stop:
+    with log, stop, profile:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
             x0 = to_unit(images).contiguous(memory_format=layout)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
             eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
-            lr = lr_at(step, n_steps, opts)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = set_lr(optimizer, step, n_steps, opts)
 
             batch = {"x0": x0, "t": t, "eps": eps, **conditions.at(step, batches, opts.condition_dropout)}
             parts = [dict(zip(batch, part)) for part in zip(*(v.split(micro_batch) for v in batch.values()))]
@@ -158,17 +155,13 @@ def train(run) -> int:
                 log.metrics(done, score(done, sharding.whole(ema.ema_model), process, share, dtype))
             best = score.best if score else state.get("best")
             if done % opts.save_every == 0 or ends or stops or (best and best["step"] == done):
-                training_state.save(
-                    run, done, accelerator, sharding, net, ema, optimizer, meter, log, must=ends or stops, best=best,
-                    resolved=resolved,
-                )  # fmt: skip
+                training_state.save(run, done, accelerator, sharding, net, ema, optimizer, meter, log,
+                                    must=ends or stops, best=best, resolved=resolved)  # fmt: skip
             log.progress(**shown)
-            profile.mark("logs, previews, files")
-            profile.step()
+            profile.step("logs, previews, files")
             if stops and not ends:
                 log.say(f"stopped     by {stop.describe()} at step {done:,}; go on with -e {run.folder} -r auto")
                 break
-    profile.close()
     log.close()
     return stop.status if done < n_steps else 0
 

@@ -43,7 +43,12 @@ KEY = re.compile(r"(?<![\w./-])(?:--)?((?:data|model|diffusion|train|sample|eval
 NO_KEYS = {"train.log"}  # a file
 NO_KEYS |= {"data.dataset", "model.ch", "model.ema_rate", "model.var_type"}  # keys of the DDIM authors' YAML
 OTHERS_OPTIONS = {"--requeue", "--wait", "--nodes"}  # of Slurm
-OTHERS_OPTIONS |= {"--use_pretrained", "--center_crop", "--model_config_name_or_path"}  # the DDIM authors', diffusers'
+OTHERS_OPTIONS |= {
+    "--use_pretrained",
+    "--center_crop",
+    "--use_ema",
+    "--model_config_name_or_path",
+}  # the DDIM authors', diffusers'
 PATTERNS = {"--section.key", "configs/NAME.yaml"}  # of which the reader fills in a part
 
 

@@ -148,7 +148,8 @@ def test_utilisation(monkeypatch):
     monkeypatch.setattr(utilisation, "matmul_rate", lambda device, dtype: 6e12)
     monkeypatch.setattr(utilisation, "network_flops", lambda config: 1e9)
     monkeypatch.setattr(utilisation, "AFTER", 1000.0)
-    found = utilisation.Utilisation(None, torch.device("cpu"), None, world=2)
+    two = SimpleNamespace(device=torch.device("cpu"), num_processes=2, mixed_precision="no")
+    found = utilisation.Utilisation(None, two)
     assert found(100.0) == {}
     found.started -= 1001
     assert found(1000.0) == {"mfu": 0.25} and found(2000.0) == {"mfu": 0.5}  # 2 x 6e12 / 3e9 = 4,000 images/s at best

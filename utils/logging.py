@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ class RunLog:
     """Logs of one run folder. Only the main process writes; the others' calls do nothing. As a context: the bar."""
 
     def __init__(
-        self, accelerator: Accelerator, run: Path, step: int, n_steps: int, utilisation: Utilisation | None = None
+        self, accelerator: Accelerator, run: Path, step: int, n_steps: int, config: DictConfig | None = None
     ) -> None:
         """Opens the logs at `step`: lines of metrics.jsonl beyond it belong to work that was lost, and go.
 
@@ -40,7 +41,7 @@ class RunLog:
             SaveFailed: the file can't be written; on every process.
         """
         self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
-        self.utilisation = utilisation or (lambda rate: {})
+        self.utilisation = Utilisation(config, accelerator) if config is not None else lambda rate: {}
         self.metrics_path = run / "metrics.jsonl"
         self.bar, self.step, self.n_steps, self.unwritten = None, step, n_steps, set()
         why = None

@@ -22,6 +22,14 @@ def lr_at(step: int, n_steps: int, options) -> float:
     return options.lr * warmup * decay[options.lr_schedule]
 
 
+def set_lr(optimizer: torch.optim.Optimizer, step: int, n_steps: int, options) -> float:
+    """Give `optimizer` the learning rate of `lr_at`, and return it."""
+    lr = lr_at(step, n_steps, options)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def build_ema(net: nn.Module, options) -> EMA:
     """The EMA copy of `net`, which starts at its weights; call `update()` after every optimizer update.
 

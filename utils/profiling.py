@@ -15,8 +15,9 @@ SKIPPED, TIMED, WARM_UP, TRACED = 5, 15, 2, 5  # steps: not looked at, timed, wh
 class TrainingProfile:
     """Shares of a step, from `mark(name)` after each of its parts; then a trace. Off: every call does nothing."""
 
-    def __init__(self, enabled: bool, folder: Path, log) -> None:
-        self.on, self.folder, self.log = enabled and log.main, folder, log
+    def __init__(self, enabled: bool, log) -> None:
+        """log: the run's RunLog."""
+        self.on, self.folder, self.log = enabled and log.main, log.run, log
         self.steps, self.seconds, self.last, self.tracer = 0, {}, 0.0, None
 
     def mark(self, name: str) -> None:
@@ -30,10 +31,11 @@ class TrainingProfile:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
-    def step(self) -> None:
-        """A training step is over, after its last mark."""
+    def step(self, name: str) -> None:
+        """`mark` of the last part of a training step, which is over."""
         if not self.on:
             return
+        self.mark(name)
         self.steps += 1
         if self.steps == SKIPPED + TIMED:
             total = sum(self.seconds.values())
@@ -50,6 +52,12 @@ class TrainingProfile:
             if self.steps == SKIPPED + TIMED + WARM_UP + TRACED:
                 self.close()
         self.last = time.perf_counter()
+
+    def __enter__(self) -> TrainingProfile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """A trace that was begun ends here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from models import build_model
@@ -38,8 +39,9 @@ class Utilisation:
     A step counts three forward passes, whatever is recomputed. Measured once, after AFTER seconds.
     """
 
-    def __init__(self, config: DictConfig, device: torch.device, dtype: torch.dtype | None, world: int) -> None:
-        self.config, self.device, self.dtype, self.world = config, device, dtype, world
+    def __init__(self, config: DictConfig, accelerator: Accelerator) -> None:
+        self.config, self.device, self.world = config, accelerator.device, accelerator.num_processes
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.started, self.images_per_second = time.monotonic(), None  # the latter at a utilisation of 1
 
     def __call__(self, images_per_second: float) -> dict[str, float]:
