@@ -48,7 +48,7 @@ OTHERS_OPTIONS |= {
     "--center_crop",
     "--use_ema",
     "--model_config_name_or_path",
-}  # the DDIM authors', diffusers'
+}  # DDIM authors, diffusers
 PATTERNS = {"--section.key", "configs/NAME.yaml"}  # of which the reader fills in a part
 
 
