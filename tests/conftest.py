@@ -54,3 +54,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     run("train_ddpm.py", "-e", folder / "run", *TINY, "--train.n_steps", 12, "--train.save_every", 6, cwd=folder)
     return folder / "run"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sharding first: it trains in forks, which PyTorch refuses once some other test has started autograd's threads."""
+    items.sort(key=lambda item: item.path.name != "test_sharding.py")
