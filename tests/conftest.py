@@ -10,6 +10,12 @@ import pytest
 # Before torch is imported: tiny networks gain nothing from more threads, and threads that spin slow down all others.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+# The first backward pass of a process starts a thread per device, after which its forks can't train. Where it comes
+# before anything has used fake tensors, which pretend that there are eight GPUs, there are none to start.
+torch.ones(1, requires_grad=True).sum().backward()
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A network that trains in seconds, on 180 digits so that a few steps cross an epoch.
@@ -54,8 +60,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     run("train_ddpm.py", "-e", folder / "run", *TINY, "--train.n_steps", 12, "--train.save_every", 6, cwd=folder)
     return folder / "run"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sharding first: it trains in forks, which PyTorch refuses once some other test has started autograd's threads."""
-    items.sort(key=lambda item: item.path.name != "test_sharding.py")

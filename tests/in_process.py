@@ -1,5 +1,6 @@
 """The scripts called within the test's own process or forks of it, which spares the imports; and untrained networks."""
 
+import faulthandler
 import io
 import os
 import signal
@@ -112,6 +113,8 @@ def fork(main: Callable, args: list[object], cwd: Path, log: Path, prepare: Call
     status = 1
     try:
         sys.stdout = sys.stderr = open(log, "w")  # noqa: SIM115 (until the process ends)
+        os.dup2(sys.stderr.fileno(), 2)  # what C libraries say when they end the process
+        faulthandler.enable(sys.stderr)
         os.chdir(cwd)
         os.environ.update({name: str(value) for name, value in variables.items()}, ACCELERATE_USE_CPU="true")
         AcceleratorState._reset_state(reset_partial_state=True)
