@@ -54,7 +54,7 @@ def train(run) -> int:
     from diffusions.noise import randn
     from diffusions.pixels import to_unit
     from models import build_model
-    from utils import distributed, precision, training_state
+    from utils import compilation, distributed, precision, training_state
     from utils.data import load_splits
     from utils.data.batches import DRAW_EPS, Batches, draw_timesteps, held_out
     from utils.data.conditions import Conditions
@@ -95,7 +95,7 @@ def train(run) -> int:
     sharding.apply(net, ema.ema_model)
     optimizer = build_optimizer(net, opts)
     if resolved["compile"]:
-        net.compile()
+        compilation.compile_network(net, cfg)
     model, optimizer = sharding.prepare(net, optimizer)
     state = training_state.restore(run.checkpoint, accelerator, net, ema, optimizer) if run.checkpoint else {"step": 0}
     meter = Meter(accelerator, state.get("meter"))
@@ -109,17 +109,17 @@ def train(run) -> int:
         log.close()
         return 0
 
-    micro_batch = min(opts.micro_batch or share, share)
+    micro = min(opts.micro_batch or share, share)
     model.train()
     with log, stop, profile:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
             x0 = to_unit(images).contiguous(memory_format=layout)
-            t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling)
+            t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling, device)
             eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
             lr = set_lr(optimizer, step, n_steps, opts)
 
             batch = {"x0": x0, "t": t, "eps": eps, **conditions.at(step, batches, opts.condition_dropout)}
-            parts = [dict(zip(batch, part)) for part in zip(*(v.split(micro_batch) for v in batch.values()))]
+            parts = [dict(zip(batch, part)) for part in zip(*(v.split(micro) for v in batch.values()))]
             profile.mark("data, noise, conditions")
             total = torch.zeros((), device=device)
             for i, part in enumerate(parts):
@@ -146,13 +146,13 @@ def train(run) -> int:
                 log.metrics(done, values | shown)
                 stop.check_bad(values["bad_in_row"], log)
             if valid is not None and (done % opts.valid_every == 0 or ends):
-                loss_of = lambda m: validation_loss(accelerator, sharding.whole(m), process, valid, told, share, dtype)
+                loss_of = lambda m: validation_loss(accelerator, sharding.whole(m), process, valid, told, micro, dtype)
                 log.metrics(done, {"valid_loss": loss_of(net), "valid_loss_ema": loss_of(ema.ema_model)})
             if done % opts.sample_every == 0 or ends:
                 view = sharding.whole(ema.ema_model), process, cfg.sample, opts.n_samples, conditions.shown
-                log.preview(done, preview(accelerator, *view, share, dtype))
+                log.preview(done, preview(accelerator, *view, micro, dtype))
             if score and (done % opts.evaluate_every == 0 or ends):
-                log.metrics(done, score(done, sharding.whole(ema.ema_model), process, share, dtype))
+                log.metrics(done, score(done, sharding.whole(ema.ema_model), process, micro, dtype))
             best = score.best if score else state.get("best")
             if done % opts.save_every == 0 or ends or stops or (best and best["step"] == done):
                 training_state.save(run, done, accelerator, sharding, net, ema, optimizer, meter, log,

@@ -14,6 +14,7 @@ from diffusions.pixels import to_uint8
 from diffusions.process import GaussianDiffusion, Prediction
 from diffusions.samplers import SAMPLERS, Denoise, Randn, Step
 from diffusions.schedules import TimeGrid, time_grid
+from diffusions.transfer import on
 
 
 class Batch(NamedTuple):
@@ -79,10 +80,10 @@ def trajectory(
     """Every step of the images `indices` [b], as one batch. Arguments as in `generate`."""
     device = next(model.parameters()).device
     shape = (model.in_channels, model.image_size, model.image_size)
-    draws = iter(range(2**32))
+    draws, which = iter(range(2**32)), on(indices, device)
 
     def next_draw() -> Tensor:
-        return randn(seed, indices, next(draws), shape, device)
+        return randn(seed, which, next(draws), shape, device)
 
     grid = time_grid(process.alpha_bar, options.skip_type, options.skip_steps)
     cond, guidance = {name: value.to(device) for name, value in (cond or {}).items()}, guidance_of(options)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffusions.transfer import on
+
 KERNEL = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if KERNEL:
     from diffusions.noise_kernel import randn_on_gpu
@@ -54,7 +56,7 @@ def randn(seed: int, index: Tensor, draw: int, shape: tuple[int, ...], device: t
     Box-Muller in float64, so that rounding to float32 hides the last-bit differences between devices' log, cos and sin.
     Arguments as in `random_words`.
     """
-    n, index = math.prod(shape), index.to(device)
+    n, index = math.prod(shape), on(index, device)
     if KERNEL and index.is_cuda:
         return randn_on_gpu(seed, index, draw, n).unflatten(1, tuple(shape))
     words = random_words(seed, index, draw, n + n % 2).double()

@@ -2,22 +2,28 @@
 
 import json
 import math
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from chaos import same_checkpoint
 from conftest import TINY, run
+from in_process import call
 from test_generate import INDICES, PROCESS, STEPS, options, unet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_ddpm
 from diffusions.cuda_graph import Graphed
 from diffusions.generate import generate
 from diffusions.process import GaussianDiffusion
 from models import build_model
 from models.flops import forward_flops
 from models.layers import Dropout, twice_the_size
-from utils import config, precision, utilisation
+from models.unet import UNet
+from utils import compilation, config, precision, utilisation
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -156,6 +162,67 @@ def test_utilisation(monkeypatch):
     assert utilisation.matmul_rate(torch.device("cpu"), torch.float32) > 1e8
 
 
+def test_a_network_that_leaves_no_memory_for_it_is_trained_without_a_utilisation(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(utilisation, "AFTER", 0)
+    monkeypatch.setattr(utilisation, "matmul_rate", full)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, mixed_precision="no")
+    found = utilisation.Utilisation(config.merge(), accelerator)
+    assert found(1000.0) == {} and found(1000.0) == {}
+
+
+def test_graphs_beyond_the_first_are_counted():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    recompiles, net = compilation.Recompiles(), nn.Linear(3, 3)
+    assert recompiles() == {}
+    net.compile(backend="eager")
+    net(torch.zeros(2, 3))
+    assert recompiles() == {"recompiles": 0}
+    net(torch.zeros(2, 3))
+    assert recompiles() == {"recompiles": 0}
+    net(torch.zeros(5, 3))
+    assert recompiles() == {"recompiles": 1}
+
+
+def test_compiled_code_is_kept_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cfg = config.merge(("test", {"evaluate.cache_dir": str(tmp_path)}))
+    compilation.compile_network(nn.Linear(3, 3), cfg)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
+    compilation.compile_network(nn.Linear(3, 3), cfg)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.slow
+def test_a_compiled_training_resumes_bit_for_bit_and_compiles_nothing_twice(tmp_path):
+    args = [*TINY, "--train.compile", "true", "--train.save_every", 4, "--train.valid_every", 3, "--train.n_steps", 8]
+    run("train_ddpm.py", "-e", "run", *args, cwd=tmp_path)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/ckpt/step000008")
+    run("train_ddpm.py", "-e", "again", "-r", "auto", cwd=tmp_path)
+    same_checkpoint(tmp_path / "run/ckpt/step000008", tmp_path / "again/ckpt/step000008")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["recompiles"] for row in rows if "recompiles" in row] == [0] * 8
+
+
+def test_previews_validation_and_training_see_no_more_images_at_a_time_than_train_micro_batch(tmp_path, monkeypatch):
+    sizes, forward = [], UNet.forward
+
+    def watched(self, x, t, **cond):
+        sizes.append(len(x))
+        return forward(self, x, t, **cond)
+
+    monkeypatch.setattr(UNet, "forward", watched)
+    args = [*TINY, "--train.n_steps", 2, "--train.micro_batch", 3, "--train.n_samples", 7, "--train.log_with", "none"]
+    call(train_ddpm.main, "-e", "run", *args, cwd=tmp_path)
+    assert max(sizes) == 3
+
+
 def test_twice_the_size_is_nearest_neighbour():
     x = torch.randn(2, 3, 4, 5)
     assert torch.equal(twice_the_size(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
@@ -170,6 +237,9 @@ def test_profiles(tmp_path):
     shares = [float(line.split("%")[0]) for line in told.splitlines() if "% " in line and " ms  " in line]
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.5)
     assert json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    assert "ProfilerStep" not in told
+    told = run("train_ddpm.py", "-e", "run", "-r", "auto", "--train.n_steps", 50, cwd=tmp_path).stderr
+    assert "profile     needs 27 steps of one start, this one had 22" in told and "trace  " not in told
     args = ["--weights", "run", "--n_samples", 3, "--save_dir", "out", "--profile"]
     told = run("sample_ddpm.py", *args, cwd=tmp_path).stdout
     assert "network" in told and "PNG writers" in told

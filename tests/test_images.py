@@ -87,7 +87,7 @@ def test_enlarge_repeats_pixels_until_the_longer_side_is_long_enough(height, wid
 
 
 def test_the_writer_writes_everything(tmp_path):
-    images, writer = noise(1300, 1, 2, 2), PngWriter(tmp_path, 3)  # more than may wait
+    images, writer = noise(1300, 1, 2, 2), PngWriter(tmp_path)  # more than may wait
     for i, image in enumerate(images):
         writer.write(i, image)
     writer.close()

@@ -20,6 +20,7 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from tqdm import tqdm
 
+from diffusions.transfer import on
 from utils.checkpoint import write_atomically
 from utils.data.batches import Batches, decode_all
 from utils.data.image_set import ImageSet, to_channels
@@ -168,7 +169,7 @@ def _train(images: ImageSet, shape: dict[str, int], device: torch.device) -> nn.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=N_STEPS)
     steps = batches.from_step(0, N_STEPS)
     for positions, pixels in tqdm(steps, total=N_STEPS, desc="train the dataset classifier", unit="step"):
-        loss = F.cross_entropy(net(pixels)[1], labels[batches.image_ids(positions)], label_smoothing=0.05)
+        loss = F.cross_entropy(net(pixels)[1], labels[on(batches.image_ids(positions), device)], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

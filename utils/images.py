@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,18 +51,19 @@ def read_png(path: Path) -> Tensor:
 
 
 class PngWriter:
-    """Writes PNGs in threads, off the critical path; errors surface at `close`, or once 1,024 writes are waiting."""
+    """Writes PNGs in threads, off the critical path; errors surface at `close`, or once WAITING writes are waiting."""
 
-    def __init__(self, folder: Path, n_threads: int = 2) -> None:
-        self.folder, self.pool, self.seconds = folder, ThreadPoolExecutor(n_threads), 0.0  # what callers waited
-        self.pending: list[Future] = []
+    WAITING = 1024  # bounds the memory of what waits
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seconds = folder, 0.0  # what callers waited
+        self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self.pending: deque[Future] = deque()
 
     def write(self, index: int, picture: Tensor) -> None:
         start = time.perf_counter()
-        if len(self.pending) > 1024:  # bound the memory of what waits
-            for future in self.pending:
-                future.result()
-            self.pending.clear()
+        if len(self.pending) == self.WAITING:
+            self.pending.popleft().result()
         self.pending.append(self.pool.submit(write_png, self.folder / file_name(index), picture))
         self.seconds += time.perf_counter() - start
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoint import folder_name, write_atomically
+from utils.compilation import Recompiles
 from utils.curves import draw_curves, read_metrics
 from utils.distributed import from_main
 from utils.errors import SaveFailed
@@ -42,6 +43,7 @@ class RunLog:
         """
         self.accelerator, self.run, self.main = accelerator, run, accelerator.is_main_process
         self.utilisation = Utilisation(config, accelerator) if config is not None else lambda rate: {}
+        self.recompiles = Recompiles()
         self.metrics_path = run / "metrics.jsonl"
         self.bar, self.step, self.n_steps, self.unwritten = None, step, n_steps, set()
         why = None
@@ -109,11 +111,11 @@ class RunLog:
         self.drawn, self.redraw = time.monotonic(), False
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
-        """Images per second since the last call, and the utilisation (mfu) once it is known."""
+        """Images per second since the last call; once known, the utilisation (mfu); a compiled network's recompiles."""
         now, seconds = time.monotonic(), time.monotonic() - self.clock
         rate = (step - self.clock_step) * batch_size / max(seconds, 1e-9)
         self.clock, self.clock_step = now, step
-        return {"images_per_second": round(rate, 1)} | self.utilisation(rate)
+        return {"images_per_second": round(rate, 1)} | self.utilisation(rate) | self.recompiles()
 
     def progress(self, **shown: float) -> None:
         """One step further; numbers beside the bar where any are given."""

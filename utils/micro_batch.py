@@ -8,7 +8,8 @@ import torch
 
 from diffusions import Batch, generate
 
-FIRST = {"cpu": 128, "cuda": 1024}
+MOST = {"cpu": 128, "cuda": 1024}  # images
+PIXELS = {"cpu": 2**17, "cuda": 2**22}  # of a batch: large images of a CPU end the process, not with an exception
 
 
 def generate_fitting(
@@ -18,11 +19,11 @@ def generate_fitting(
     if micro_batch is not None:
         yield from generate(model, process, options, indices, seed, micro_batch, **more)
         return
-    size = FIRST.get(next(model.parameters()).device.type, 128)
-    done = 0
+    size, done, cond = first_size(model), 0, more.pop("cond", None)
     while done < len(indices):
         try:
-            for batch in generate(model, process, options, indices[done:], seed, size, **more):
+            rest = {name: rows[done:] for name, rows in cond.items()} if isinstance(cond, dict) else cond
+            for batch in generate(model, process, options, indices[done:], seed, size, rest, **more):
                 yield batch
                 done += len(batch.indices)
         except torch.cuda.OutOfMemoryError:
@@ -30,3 +31,10 @@ def generate_fitting(
                 raise
             torch.cuda.empty_cache()
             size //= 2
+
+
+def first_size(model) -> int:
+    """Images in the first micro-batch that is tried: MOST, or as few as have PIXELS."""
+    device = next(model.parameters()).device.type
+    kind = device if device in MOST else "cpu"
+    return max(1, min(MOST[kind], PIXELS[kind] // model.image_size**2))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 SKIPPED, TIMED, WARM_UP, TRACED = 5, 15, 2, 5  # steps: not looked at, timed, while the profiler settles, in the trace
+NEEDED = SKIPPED + TIMED + WARM_UP + TRACED
 
 
 class TrainingProfile:
@@ -22,12 +23,12 @@ class TrainingProfile:
 
     def mark(self, name: str) -> None:
         """What happened since the last mark was `name`."""
-        if not self.on:
+        if not self.on or self.steps >= SKIPPED + TIMED:  # the traced steps wait for nothing
             return
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if SKIPPED <= self.steps < SKIPPED + TIMED:
+        if self.steps >= SKIPPED:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
@@ -49,21 +50,20 @@ class TrainingProfile:
             self.tracer.start()
         elif self.tracer is not None:
             self.tracer.step()
-            if self.steps == SKIPPED + TIMED + WARM_UP + TRACED:
-                self.close()
+            if self.steps == NEEDED:
+                self.tracer.stop()
+                self.on, self.tracer = False, None
         self.last = time.perf_counter()
 
     def __enter__(self) -> TrainingProfile:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """A trace that was begun ends here."""
-        if self.tracer is not None:
-            self.tracer.stop()
-            self.on, self.tracer = False, None
+        if self.on and self.steps:
+            if self.tracer is not None:
+                self.tracer.on_trace_ready = None  # what it saw ends in the middle
+                self.tracer.stop()
+            self.log.say(f"profile     needs {NEEDED} steps of one start, this one had {self.steps}")
 
     def _write(self, tracer) -> None:
         tracer.export_chrome_trace(str(self.folder / "trace.json"))
@@ -73,8 +73,9 @@ class TrainingProfile:
 
 def most_time(tracer, n: int = 4) -> str:
     """The n operations with the largest time of their own, with their shares."""
-    rows = tracer.key_averages()
-    own = {row.key: row.self_device_time_total or row.self_cpu_time_total for row in rows}
+    rows = [row for row in tracer.key_averages() if not row.key.startswith("ProfilerStep")]
+    own = {row.key: row.self_device_time_total for row in rows}  # where there is a GPU, what the host waits is not work
+    own = own if any(own.values()) else {row.key: row.self_cpu_time_total for row in rows}
     total = sum(own.values()) or 1
     largest = sorted(own.items(), key=lambda item: -item[1])[:n]
     return ", ".join(f"{name[:60]} {value / total:.0%}" for name, value in largest)

@@ -26,7 +26,7 @@ from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
 from utils.fidelity import Extractor, Features, Statistics, open_extractor, scores
-from utils.micro_batch import FIRST, generate_fitting
+from utils.micro_batch import MOST, generate_fitting
 from utils.precision_recall import NEIGHBOR
 from utils.process import evaluations
 from utils.protocol import circumstances, sampling_identity
@@ -257,7 +257,7 @@ class Scorer:
             mine = share(n, accelerator.process_index, accelerator.num_processes).tolist()
             batches = generated_images(accelerator, cell, weights, seed, [mine], micro_batch, cost, self.cond)
             return self.features(batches), time.monotonic() - began
-        chunk = micro_batch or FIRST.get(accelerator.device.type, 128)
+        chunk = micro_batch or MOST.get(accelerator.device.type, 128)
         store = Store(Path(root), protocol["source"], self.extractor, n, chunk)
 
         def make(chunks: list[list[int]]) -> Iterator[Tensor]:

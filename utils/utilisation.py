@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -49,6 +50,10 @@ class Utilisation:
         if self.images_per_second is None:
             if time.monotonic() - self.started < AFTER:
                 return {}
-            rate = matmul_rate(self.device, self.dtype)
+            try:
+                rate = matmul_rate(self.device, self.dtype)
+            except torch.cuda.OutOfMemoryError:  # the network needs it more
+                rate = float("nan")
             self.images_per_second = self.world * rate / (3 * network_flops(self.config))
-        return {"mfu": round(images_per_second / self.images_per_second, 4)}
+        mfu = images_per_second / self.images_per_second
+        return {} if math.isnan(mfu) else {"mfu": round(mfu, 4)}

@@ -208,12 +208,12 @@ def load_network(weights: Weights, device, evaluations: float = 0):
     """
     from models import build_model
     from models.flops import forward_flops
-    from utils import checkpoint, precision
+    from utils import checkpoint, compilation, precision
 
     cfg = weights.config
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
     checkpoint.load_weights(net, weights.tensors(), weights.file)
     net = net.to(device, memory_format=precision.memory_format(cfg))
     if precision.wants_compile(cfg.sample.compile, lambda: evaluations * forward_flops(net)):
-        net.compile()
+        compilation.compile_network(net, cfg)
     return net.eval().requires_grad_(False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusions.noise import permutation, randint
+from diffusions.transfer import on
 from utils.data.image_set import ImageSet
 from utils.errors import InputError, RankError
 from utils.stopping import SIGNALS
@@ -43,12 +44,12 @@ def flips(seed: int, positions: Tensor) -> Tensor:
     return randint(seed, positions, DRAW_FLIP, 2).bool()
 
 
-def draw_timesteps(seed: int, positions: Tensor, total_steps: int, t_sampling: str) -> Tensor:
-    """[b] int64 training timesteps. "antithetic" gives every second example T - 1 - t of the one before it."""
+def draw_timesteps(seed: int, positions: Tensor, total_steps: int, t_sampling: str, device="cpu") -> Tensor:
+    """[b] int64 training timesteps on `device`. "antithetic": every second example has T - 1 - t of the one before."""
     if t_sampling == "uniform":
-        return randint(seed, positions, DRAW_T, total_steps)
+        return on(randint(seed, positions, DRAW_T, total_steps), device)
     t = randint(seed, positions // 2, DRAW_T, total_steps)
-    return torch.where(positions % 2 == 0, t, total_steps - 1 - t)
+    return on(torch.where(positions % 2 == 0, t, total_steps - 1 - t), device)
 
 
 def held_out(images: ImageSet | None, n: int) -> ImageSet | None:
@@ -106,23 +107,24 @@ class Batches:
         return torch.arange(first, first + self.share)
 
     def image_ids(self, positions: Tensor) -> Tensor:
-        """positions [b], ascending -> which images stand there, [b] int64 on the same device."""
-        return example_images(self.seed, positions.cpu(), len(self)).to(positions.device)
+        """positions [b], ascending -> which images stand there, [b] int64."""
+        return example_images(self.seed, positions, len(self))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def from_step(self, step: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(positions [share], images uint8 [share, C, H, W] on the device) for steps step..last-1."""
+        """(positions [share] on the host, images uint8 [share, C, H, W] on the device) for steps step..last-1."""
         indices = (self.image_ids(self.positions(s)) for s in range(step, last))
         if self.cached is not None:
-            chosen = (self.cached[i.to(self.device)] for i in indices)
+            chosen = (self.cached[on(i, self.device)] for i in indices)
         else:
             chosen = (pixels.to(self.device, non_blocking=True) for pixels in self._read(indices))
         for s, pixels in zip(range(step, last), chosen):
-            positions = self.positions(s).to(self.device)
+            positions = self.positions(s)
             if self.random_flip:
-                pixels = torch.where(flips(self.seed, positions)[:, None, None, None], pixels.flip(-1), pixels)
+                mirrored = on(flips(self.seed, positions), self.device)[:, None, None, None]
+                pixels = torch.where(mirrored, pixels.flip(-1), pixels)
             yield positions, pixels
 
     def _read(self, indices: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffusions.noise import permutation, randint, random_words
+from diffusions.transfer import on
 from utils.captions import Asked, captions_of, templates
 from utils.config import set_key
 from utils.data.batches import Batches
@@ -140,10 +141,10 @@ class Conditions:
         ids, positions = ids.cpu(), positions.cpu()
         drop = random_words(seed, positions, DRAW_DROP, 1)[:, 0] < dropout * 2**32
         if self.kind == "class":
-            return {"label": self.labels[ids].masked_fill(drop, self.n_classes).to(self.device)}
+            return {"label": on(self.labels[ids].masked_fill(drop, self.n_classes), self.device)}
         texts = zip(self.texts(seed, positions, ids), drop.tolist())
         found = self.reader(["" if dropped else text for text, dropped in texts])
-        return {name: value.to(self.device) for name, value in found.items()}
+        return {name: on(value, self.device) for name, value in found.items()}
 
     def texts(self, seed: int, positions: Tensor, ids: Tensor) -> list[str]:
         """One caption of each image."""
