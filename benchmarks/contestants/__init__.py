@@ -1,7 +1,8 @@
-"""Who is measured: each a module with `train(work)` and `sample(work)`, generators that do a unit of work per `next`.
+"""Who is measured: each a module of generators, `train(work)` and so on, that do a unit of work per `next`.
 
-A unit of `train` is one optimizer update, of `sample` one batch of images by `work.steps` steps of DDIM. Each generator
-yields once before its first unit, when everything is set up. They run in processes of their own (contestant.py).
+A unit of `train` is one optimizer update, of `sample` one batch of images by `work.steps` steps of DDIM, of `evaluate`
+Inception's features of one batch of images. Each generator yields once before its first unit, when everything is set
+up. They run in processes of their own (contestant.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     ),
     "plain loop": ("plain_loop", {}, "the DDIM authors' kind of loop: fp32, eager, their network"),
 }
+
+
+EVALUATE = ("ours", "diffusers", "lucidrains")  # who differs there
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ gradients clipped to 1, EMAModel with warm-up, no data workers, the loss read an
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -110,4 +112,23 @@ def sample(work):
         with torch.autocast(work.device.type, torch.bfloat16, enabled=work.on("bf16")):  # bf16 weights end in an error
             images = pipeline(batch_size=work.batch_size, num_inference_steps=work.steps, output_type="np").images
         assert len(images) == work.batch_size
+        yield
+
+
+def evaluate(work):
+    """Features of pictures in a folder as torch-fidelity's command extracts them: diffusers itself has no such part."""
+    from torch_fidelity.utils import extract_featuresdict_from_input_id
+    from torchvision.transforms.functional import to_pil_image
+
+    from contestants.inception import generated, of_torch_fidelity
+
+    net, batches, folder = of_torch_fidelity(work.device), generated(work), Path(work.scratch, "pictures")
+    folder.mkdir()
+    options = {"input1": str(folder), "cuda": work.device.type == "cuda", "verbose": False}
+    yield
+    while True:
+        for i, image in enumerate(next(batches)):
+            to_pil_image(image).save(folder / f"{i}.png")
+        features = extract_featuresdict_from_input_id(1, net, **options)
+        assert features["2048"].shape == (work.batch_size, 2048)
         yield

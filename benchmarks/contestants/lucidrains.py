@@ -69,3 +69,21 @@ def sample(work):
             images = diffusion.sample(batch_size=work.batch_size)
         assert len(images) == work.batch_size
         yield
+
+
+@torch.inference_mode()
+def evaluate(work):
+    """Features as its FIDEvaluation extracts them, of images in [0, 1] in memory."""
+    from denoising_diffusion_pytorch.fid_evaluation import FIDEvaluation
+    from pytorch_fid import inception
+
+    from contestants.inception import generated, without_weights
+
+    with without_weights(inception):
+        judge = FIDEvaluation(work.batch_size, None, None, work.preset.channels, device=work.device)
+    batches = generated(work)
+    yield
+    while True:
+        features = judge.calculate_inception_features(next(batches).to(work.device) / 255).cpu()
+        assert features.shape == (work.batch_size, 2048)
+        yield

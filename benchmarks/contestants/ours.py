@@ -84,3 +84,20 @@ def sample(work):
         assert images.dtype == torch.uint8 and len(images) == work.batch_size
         first += work.batch_size
         yield
+
+
+def evaluate(work):
+    """Features of images as evaluate_ddpm.py extracts them, from memory."""
+    from contestants.inception import generated, of_torch_fidelity
+    from utils.config import merge
+    from utils.distributed import use_all_cores
+    from utils.fidelity import Extractor
+
+    use_all_cores()
+    net, size = of_torch_fidelity(work.device), merge().evaluate.batch_size
+    extractor = Extractor("inception-v3-compat", None, {"fid": "2048"}, net, work.device, size)
+    batches = generated(work)
+    yield
+    while True:
+        assert extractor([next(batches)])["2048"].shape == (work.batch_size, 2048)
+        yield
