@@ -22,6 +22,7 @@ from diffusions.process import GaussianDiffusion
 from models import build_model
 from models.flops import forward_flops
 from models.layers import Dropout, twice_the_size
+from models.patch_unet import PatchUNet
 from models.unet import UNet
 from utils import compilation, config, precision, utilisation
 
@@ -196,6 +197,32 @@ def test_compiled_code_is_kept_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
     compilation.compile_network(nn.Linear(3, 3), cfg)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "elsewhere")
+
+
+def error_against_fp32(cls, adaptive, change) -> tuple[float, float]:
+    """(root mean square, largest) difference over the root mean square of the output, of a network that does much."""
+    torch.manual_seed(0)
+    net = cls(16, 3, 3, dim=64, dim_mults=(1, 2), attn_resolutions=(8,), norm_groups=8, adaptive_norm=adaptive).eval()
+    x, t = torch.randn(8, 3, 16, 16), torch.randint(0, 1000, (8,))
+    with torch.no_grad():
+        for value in net.parameters():
+            value += 0.05 * torch.randn_like(value)
+        exact = net(x, t)
+        difference = change(net)(x, t).float() - exact
+    scale = exact.square().mean().sqrt()
+    return (difference.square().mean().sqrt() / scale).item(), (difference.abs().max() / scale).item()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("cls", [UNet, PatchUNet])
+def test_bf16_is_fp32_within_its_bound(cls, adaptive):
+    rms, largest = error_against_fp32(cls, adaptive, torch.autocast("cpu", torch.bfloat16))
+    assert 1e-4 < rms < 0.03 and largest < 0.15  # as docs/performance.md states
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_the_eager_one():
+    assert max(error_against_fp32(UNet, True, torch.compile)) < 1e-4
 
 
 @pytest.mark.slow

@@ -179,7 +179,9 @@ class Evaluate:
     feature_extractor_weights: str | None = key(None, "local weights file of the extractor; null: its own download")
     batch_size: int = key(128, "images per forward pass of the extractor", ge=1)
     kid_subset_size: int = key(1000, "images per KID subset; smaller when there are fewer", ge=2)
-    cache_dir: str = key("data/cache", "folder for classifiers and reference features, named by content hashes")
+    cache_dir: str = key(
+        "data/cache", "folder for classifiers, reference features and compiled code, by content hashes"
+    )
 
 
 @dataclass
