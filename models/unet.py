@@ -111,10 +111,6 @@ class UNet(nn.Module):
         self.norm_out = norm(norm_groups, width)
         self.conv_out = conv(width, out_channels, 3, padding=1, scale=0)
 
-    def time_embedding(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t [B] -> [B, 4 dim], before the SiLU that residual blocks see it through."""
-        return self.temb.dense[1](F.silu(self.temb.dense[0](sinusoidal_embedding(t, self.dim).to(dtype))))
-
     def encode(self, **cond: Tensor) -> dict[str, Tensor]:
         """What is given, as in `forward` -> what that reads of it: emb, and of a text context and presence."""
         return self.condition(**cond)
@@ -129,7 +125,9 @@ class UNet(nn.Module):
         cond, where the network has a condition: `label` [B], `tokens` [B, L], `features` [B, L, D] and `present`
         [B, L], or what `encode` made of them; nothing means no condition for any image.
         """
-        temb, text = self.time_embedding(t, x.dtype), ()
+        temb = sinusoidal_embedding(t, self.dim).to(x.dtype)
+        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
+        text = ()
         if self.condition is not None:
             cond = cond or self.null(len(x))
             cond = cond if "emb" in cond else self.encode(**cond)

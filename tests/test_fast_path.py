@@ -82,8 +82,6 @@ def test_patch_unet_sees_each_pixel_and_has_the_variance_second():
     assert out.shape == (2, 2, 16, 16) and (net.image_size, net.in_channels) == (16, 1)
     (gradient,) = torch.autograd.grad(out[:, :1, 5, 7].sum(), x)
     assert (gradient != 0).flatten(1).all()  # attention sees everything
-    net.past.bias.data += torch.tensor([0.5, 0.0])  # half of x_t more goes past the network, into the mean alone
-    torch.testing.assert_close(net(x, t) - out, torch.cat([0.5 * x, torch.zeros_like(x)], dim=1), atol=1e-5, rtol=1e-4)
     process = GaussianDiffusion(PROCESS.alpha_bar, learn_variance=True)
     batches = list(generate(net, process, options(sampler="learned-range"), range(3), 0, 2))
     assert torch.cat([b.images for b in batches]).shape == (3, 1, 16, 16)
