@@ -83,6 +83,8 @@ def by_diffusers(cfg):
         )
         more = {"in_channels": channels, "out_channels": channels * (2 if cfg.diffusion.learn_variance else 1)}
         more |= {"layers_per_block": model.num_res_blocks, "norm_num_groups": model.norm_groups}
+        if model.adaptive_norm:  # where diffusers' attention in the middle is not normalised unless asked
+            more |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": model.norm_groups}
         more |= {"attention_head_dim": None if model.n_heads == 1 else model.dim * 2 // model.n_heads}
         known = {key: value for key, value in small.config.items() if not key.startswith("_")}
         return UNet2DModel.from_config(known | more)
