@@ -34,7 +34,7 @@ test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two
 bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-pytorch and a plain loop: about 20 minutes on two CPU cores
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check denoising-diffusion-pytorch
 	$(BIN)/python benchmarks/speed.py --preset cifar10 --out $(BENCH)/cifar10.json
-	$(BIN)/python benchmarks/speed.py --preset digits --out $(BENCH)/digits.json
+	$(BIN)/python benchmarks/speed.py --preset digits --tasks train sample --out $(BENCH)/digits.json
 	$(BIN)/python benchmarks/scaling.py --out $(BENCH)
 
 chaos: $(VENV)/.installed-dev  ## kill trainings and generations several hundred times: more than an hour

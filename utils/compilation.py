@@ -11,7 +11,7 @@ from torch import nn
 
 
 def compile_network(net: nn.Module, config: DictConfig) -> None:
-    """Compile in place. What comes of it is kept in evaluate.cache_dir, so that the next start takes seconds.
+    """Compile in place. What comes of it is kept in evaluate.cache_dir, for the next start.
 
     TORCHINDUCTOR_CACHE_DIR names another folder.
     """

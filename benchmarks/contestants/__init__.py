@@ -36,8 +36,7 @@ CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     "plain loop": ("plain_loop", {}, "the DDIM authors' kind of loop: fp32, eager, their network"),
 }
 
-
-EVALUATE = ("ours", "diffusers", "lucidrains")  # who differs there
+EVALUATE = ("ours", "diffusers", "lucidrains")  # who has a way of its own to features
 
 
 @dataclass(frozen=True)
