@@ -54,6 +54,14 @@ def test_dropout_is_a_function_of_the_generator():
     assert layer(strided).shape == strided.shape
 
 
+@pytest.mark.parametrize("capability, dim, last", [("AVX2", 32, True), ("AVX512", 32, False), ("AVX512", 96, True)])
+def test_the_layout_is_chosen_by_hardware_and_width(monkeypatch, capability, dim, last):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(precision, "on_gpu", lambda: False)
+    chosen = precision.memory_format(config.merge(("test", {"model": {"dim": dim}})))
+    assert chosen == (torch.channels_last if last else torch.contiguous_format)
+
+
 def test_flops_are_those_of_a_forward_pass():
     options = SimpleNamespace(
         name="unet", dim=128, dim_mults=[1, 2, 2, 2], attn_resolutions=[16], num_res_blocks=2, n_heads=1,

@@ -15,7 +15,7 @@ from utils.utilisation import network_flops
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS = 1e16  # operations: on an H200, 3 minutes eager at the measured 57 TFLOP/s and 35 seconds compiled
-NARROW = 96  # below this width a CPU gains nothing from channels_last (measured: docs/performance.md)
+NARROW = 96  # below this width a CPU with AVX-512 gains nothing from channels_last (measured: docs/performance.md)
 
 
 def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def training_flops(config: DictConfig) -> float:
 
 def memory_format(config: DictConfig) -> torch.memory_format:
     """channels_last where convolutions run faster in it."""
-    return torch.channels_last if on_gpu() or config.model.dim >= NARROW else torch.contiguous_format
+    pays = on_gpu() or config.model.dim >= NARROW or torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.channels_last if pays else torch.contiguous_format
 
 
 def wants_determinism(asked: str) -> bool:

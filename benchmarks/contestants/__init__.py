@@ -19,19 +19,19 @@ CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     "diffusers": ("diffusers_example", {}, "its training example with --use_ema, DDIMPipeline: fp32, eager"),
     "diffusers, switches": (
         "diffusers_example",
-        {"bf16": True, "channels_last": True, "foreach_ema": True},
-        "the same with bf16, channels_last, EMAModel(foreach), two data workers",
+        {"bf16": True, "channels_last": True, "foreach_ema": True, "workers": True},
+        "the same with bf16 where it is native, channels_last, EMAModel(foreach), two data workers",
     ),
     "diffusers, compiled": (
         "diffusers_example",
-        {"bf16": True, "channels_last": True, "foreach_ema": True, "compile": True},
+        {"bf16": True, "channels_last": True, "foreach_ema": True, "workers": True, "compile": True},
         "these and torch.compile",
     ),
     "lucidrains": ("lucidrains", {}, "denoising-diffusion-pytorch's Trainer and sampler"),
     "lucidrains, switches": (
         "lucidrains",
         {"bf16": True, "flash": True},
-        "the same with amp in bf16 and flash_attn",
+        "the same with amp in bf16, where it is native, and flash_attn",
     ),
     "plain loop": ("plain_loop", {}, "the DDIM authors' kind of loop: fp32, eager, their network"),
 }
@@ -78,7 +78,10 @@ class Work:
     device: torch.device
 
     def on(self, switch: str) -> bool:
-        return bool(self.switches.get(switch))
+        """bf16 only where the hardware multiplies it: emulated, nobody would switch it on."""
+        from utils.precision import native_bf16
+
+        return bool(self.switches.get(switch)) and (switch != "bf16" or native_bf16())
 
 
 def endless(loader):

@@ -65,7 +65,7 @@ def train(work):
     look += [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     gray = [transforms.Grayscale()] if work.preset.channels == 1 else []
     data = datasets.ImageFolder(work.images, transforms.Compose(gray + look))
-    workers = 2 if work.on("bf16") else 0
+    workers = 2 if work.on("workers") else 0
     loader = torch.utils.data.DataLoader(data, work.batch_size, shuffle=True, num_workers=workers, drop_last=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
     net, optimizer, loader, schedule = accelerator.prepare(net, optimizer, loader, schedule)
