@@ -58,7 +58,7 @@ def test_dropout_is_a_function_of_the_generator():
 def test_the_layout_is_chosen_by_hardware_and_width(monkeypatch, capability, dim, last):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(precision, "on_gpu", lambda: False)
-    chosen = precision.memory_format(config.merge(("test", {"model.dim": dim})))
+    chosen = precision.memory_format(dim)
     assert chosen == (torch.channels_last if last else torch.contiguous_format)
 
 

@@ -17,8 +17,10 @@ from torch_fidelity.utils import create_feature_extractor
 from utils import classifier
 from utils.checkpoint import sha256
 from utils.errors import InputError
+from utils.precision import memory_format
 from utils.precision_recall import precision_recall
 
+NARROWEST = 32  # convolution of Inception-v3
 Features = dict[str, Tensor]  # layer -> float32 [N, D], on the CPU
 Statistics = dict[str, np.ndarray]  # mu [D], sigma [D, D]
 
@@ -82,6 +84,8 @@ def open_extractor(
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{weights or name} does not hold the weights of {name}: {first}") from None
+    if device.type == "cpu" and name != classifier.NAME:  # that one is small: nothing to gain
+        net.to(memory_format=memory_format(NARROWEST))
     digest = sha256(Path(weights)) if weights is not None else None
     return Extractor(name, digest, layers, net, device, batch_size)
 

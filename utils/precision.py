@@ -82,9 +82,9 @@ def training_flops(config: DictConfig) -> float:
     return 3.0 * network_flops(config) * train.batch_size * train.n_steps
 
 
-def memory_format(config: DictConfig) -> torch.memory_format:
-    """channels_last where convolutions run faster in it."""
-    pays = on_gpu() or config.model.dim >= NARROW or torch.backends.cpu.get_cpu_capability() == "AVX2"
+def memory_format(width: int) -> torch.memory_format:
+    """channels_last where convolutions of `width` channels, the narrowest of a network, run faster in it."""
+    pays = on_gpu() or width >= NARROW or torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.channels_last if pays else torch.contiguous_format
 
 

@@ -213,7 +213,7 @@ def load_network(weights: Weights, device, evaluations: float = 0):
     cfg = weights.config
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
     checkpoint.load_weights(net, weights.tensors(), weights.file)
-    net = net.to(device, memory_format=precision.memory_format(cfg))
+    net = net.to(device, memory_format=precision.memory_format(cfg.model.dim))
     if precision.wants_compile(cfg.sample.compile, lambda: evaluations * forward_flops(net)):
         compilation.compile_network(net, cfg)
     return net.eval().requires_grad_(False)

@@ -71,7 +71,7 @@ def sample(work):
     name = precision.mixed_precision("auto")
     precision.set_determinism(precision.wants_determinism("auto"), tf32=name != "no")
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels)
-    net = net.to(work.device, memory_format=precision.memory_format(cfg)).eval().requires_grad_(False)
+    net = net.to(work.device, memory_format=precision.memory_format(cfg.model.dim)).eval().requires_grad_(False)
     if work.on("compile"):
         net.compile()
     process, first = build_process(cfg.diffusion), 0
@@ -88,14 +88,17 @@ def sample(work):
 
 def evaluate(work):
     """Features of images as evaluate_ddpm.py extracts them, from memory."""
-    from contestants.inception import generated, of_torch_fidelity
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    from contestants.inception import generated, without_weights
     from utils.config import merge
     from utils.distributed import use_all_cores
-    from utils.fidelity import Extractor
+    from utils.fidelity import open_extractor
 
     use_all_cores()
-    net, size = of_torch_fidelity(work.device), merge().evaluate.batch_size
-    extractor = Extractor("inception-v3-compat", None, {"fid": "2048"}, net, work.device, size)
+    with without_weights(inception):
+        size = merge().evaluate.batch_size
+        extractor = open_extractor("inception-v3-compat", None, ["fid"], size, work.device)
     batches = generated(work)
     yield
     while True:
