@@ -1,8 +1,6 @@
-"""Scores: closed forms, torch-fidelity itself as the oracle, weights files, caches, references and result tables."""
+"""Scores: closed forms, torch-fidelity itself as the oracle, weights files, caches, and what an evaluation opens."""
 
-import csv
 import dataclasses
-import json
 import pickle
 import re
 import urllib.error
@@ -13,19 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from PIL import Image
 from safetensors.torch import load_file
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from utils import classifier, config
 from utils.data import load_splits
-from utils.data.image_folder import load_as_is
 from utils.data.image_set import ImageSet
 from utils.errors import InputError
 from utils.fidelity import fid, open_extractor, scores
-from utils.images import file_name, read_png, write_png
-from utils.reference import features_of, open_for, open_reference
-from utils.results import Results, cell_id
+from utils.images import file_name, write_png
+from utils.reference import features_of, open_for
 from utils.scoring import Scorer, check_count
 
 CPU = torch.device("cpu")
@@ -359,79 +354,6 @@ def test_a_damaged_classifier_file_is_made_again(digits, monkeypatch, tmp_path):
     assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-# References
-
-
-def test_a_reference_is_a_data_set_with_a_split(digits):
-    data = data_options(valid_fraction=0.2)
-    for text, n in (("digits", 1438), ("digits:train", 1438), ("digits:test", 359), ("digits:all", 1797)):
-        found = open_reference(text, data.copy(), {}, 8, 1)
-        assert found.name == (text if ":" in text else "digits:train") and len(found.images) == n
-        assert found.train.content_hash() == digits["train"].content_hash()
-        assert found.test.content_hash() == digits["test"].content_hash()
-
-
-def test_a_reference_without_a_test_split_has_none():
-    assert open_reference("digits", data_options(), {}, 8, 1).test is None
-    with pytest.raises(InputError, match="no test split"):
-        open_reference("digits:test", data_options(), {}, 8, 1)
-
-
-@pytest.mark.parametrize("text, says", [
-    ("digits:nope", ["digits:nope", "train", "test", "all"]),
-    ("nope", ["nope", "digits", "cifar10"]),
-    ("digitz", ["did you mean digits"]),
-    ("/nowhere/at/all", ["/nowhere/at/all", "folder"]),
-    ("image_folder", ["image_folder", "folder"]),
-])  # fmt: skip
-def test_a_reference_that_does_not_exist_says_what_would(text, says):
-    with pytest.raises(InputError) as error:
-        open_reference(text, data_options(valid_fraction=0.2), {}, 8, 1)
-    assert all(part in str(error.value) for part in ["--reference", *says])
-
-
-def test_a_folder_is_a_reference(tmp_path):
-    for i, color in enumerate(("red", "blue", "green")):
-        Image.new("RGB", (20, 10), color).save(tmp_path / f"{i}.png")
-    data = data_options(valid_fraction=0.5)
-    found = open_reference(str(tmp_path), data, {}, 8, 3)
-    assert len(found.images) == 3 and found.test is None and found.images[2].shape == (3, 8, 8)
-    assert found.name == f"{tmp_path.name}:train" and data == data_options(valid_fraction=0.5)
-
-
-def test_another_data_set_takes_its_own_recipe_and_the_size_of_the_images(tmp_path):
-    data = data_options(name="image_folder", root=str(tmp_path), image_size=16, channels=3)
-    before = data.copy()
-    found = open_reference("digits:test", data, {}, 16, 3)
-    assert found.name == "digits:test" and found.images[0].shape == (3, 16, 16) and data == before
-
-
-def test_without_a_checkpoint_a_data_set_is_that_of_its_recipe_and_of_the_keys_given():
-    found = open_reference("digits", None, {}, 8, 1)
-    assert (len(found.train), len(found.test)) == (1617, 180)
-    found = open_reference("digits", None, {"data.valid_fraction": "0.5", "data.name": "cifar10"}, 8, 1)
-    assert (len(found.train), len(found.test)) == (899, 898)
-    with pytest.raises(InputError, match="elsewhere"):
-        open_reference("cifar10", data_options(), {"data.root": "elsewhere", "data.download": "false"}, 32, 3)
-
-
-def test_a_folder_to_score_keeps_its_size_and_colours(tmp_path):
-    Image.new("L", (8, 8), 7).save(tmp_path / "0.png")
-    assert load_as_is(str(tmp_path), "--images").channels == 1
-    Image.new("RGB", (8, 8), "gray").save(tmp_path / "1.png")
-    found = load_as_is(str(tmp_path), "--images")
-    assert (found.channels, found.size, len(found)) == (3, 8, 2)
-    Image.new("RGB", (8, 6)).save(tmp_path / "2.png")
-    with pytest.raises(InputError, match=r"0\.png is 8x8, 2\.png 8x6"):
-        load_as_is(str(tmp_path), "--images")
-
-
-def test_opening_a_reference_leaves_the_configuration_as_it_is():
-    data = data_options()
-    assert open_reference("digits", data, {}, 16, 3).images[0].shape == (3, 16, 16)
-    assert data == data_options()
-
-
 # An evaluation
 
 
@@ -488,98 +410,3 @@ def test_an_evaluation_opens_with_the_classifier_of_its_reference(monkeypatch, t
     options.evaluate.feature_extractor_weights = "x.pth"
     with pytest.raises(InputError, match="trains its own"):
         Scorer.open(ALONE, options, open_for(ALONE, options, "digits", None, {}), 100, None, False)
-
-
-# Tables
-
-
-def row(label, **more):
-    values = {"fid": 1.25, "kid": 0.002, "kid_std": 0.0005, "precision": 0.75}
-    base = {"id": label, "label": label, "reference": "digits:train", "extractor": classifier.NAME, "n": 500,
-            "protocol": {"reference_sha256": "a", "extractor_weights_sha256": "b"},
-            "seconds_per_image": 0.004, "scores": values,
-            "floor": {"fid": 0.5, "kid": 0.001, "precision": 0.9},
-            "floor_label": "500 of digits:train against digits:test (180)"}  # fmt: skip
-    return base | more
-
-
-def lines_of(report):
-    """The cells of every table line."""
-    lines = [line for line in report.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def test_adding_twice_keeps_both_rows(tmp_path):
-    out = tmp_path / "deep" / "out"
-    Results(out).add(row("ddim, 10 steps"))
-    results = Results(out)  # another run of the script
-    results.add(row("ddim, 20 steps", scores={"fid": 1.0}))
-    again = Results(out)
-    assert [found["label"] for found in again.rows] == ["ddim, 10 steps", "ddim, 20 steps"]
-    assert again.find("ddim, 10 steps") == row("ddim, 10 steps") and again.find("nope") is None
-    assert sorted(path.name for path in out.iterdir()) == ["report.md", "results.csv", "results.json"]
-
-
-def test_a_sweep_over_steps_is_drawn(tmp_path):
-    results = Results(tmp_path)
-    for steps in (10, 20):
-        kind = {"sampler": "ddim", "skip_type": "uniform", "eta": 0.0, "weights_sha256": "ab"}
-        source = kind | {"timesteps": list(range(steps)), "seed": 1}
-        assert not (tmp_path / "score_vs_steps.png").exists()
-        results.add(row(f"ddim-{steps}", protocol=row("")["protocol"] | {"source": source}))
-    assert read_png(tmp_path / "score_vs_steps.png").shape[0] in (3, 4)
-
-
-def test_the_csv_parses(tmp_path):
-    results = Results(tmp_path)
-    results.add(row('a "quoted", label'))
-    results.add(row("images", floor=None, seconds_per_image=None, n=7))
-    with open(tmp_path / "results.csv", newline="") as file:
-        first, second = csv.DictReader(file)
-    assert first["label"] == 'a "quoted", label' and first["extractor"] == classifier.NAME and first["n"] == "500"
-    assert float(first["fid"]) == 1.25 and float(first["floor_fid"]) == 0.5 and first["recall"] == ""
-    assert second["floor_fid"] == "" and second["seconds_per_image"] == "" and float(second["kid"]) == 0.002
-
-
-def test_the_report_names_extractor_and_count_and_ends_with_the_floor(tmp_path):
-    results = Results(tmp_path)
-    unmeasured = {"n": 600, "floor": None, "seconds_per_image": None}
-    for label, more in (("ddim-10", {}), ("folder", unmeasured), ("ddim-20", {})):
-        results.add(row(label, **more))
-    report = (tmp_path / "report.md").read_text()
-    for metric in ("fid", "kid", "precision"):
-        assert f"{metric}[dataset-classifier]@500" in report and f"{metric}[dataset-classifier]@600" in report
-    assert "isc[" not in report
-    header, _, ten, twenty, floor, header_600, _, folder = lines_of(report)
-    assert header == header_600 == ["images", "fid", "kid", "precision", "ms per image"]
-    assert ten == ["ddim-10", "1.25", "0.002 ± 0.0005", "0.75", "4.00"] and twenty[0] == "ddim-20"
-    assert floor == ["floor: 500 of digits:train against digits:test (180)", "0.5", "0.001", "0.9", ""]
-    assert folder == ["folder", "1.25", "0.002 ± 0.0005", "0.75", ""]
-
-
-def test_the_cost_stands_beside_the_scores(tmp_path):
-    results = Results(tmp_path)
-    for label, steps, evaluations, seconds in (("ddim", 10, 10, 0.01), ("heun", 10, 19, 0.02), ("full", 100, 100, 0.1)):
-        cost = {"evaluations": evaluations, "steps": steps, "total_steps": 100, "seconds_per_image": seconds}
-        results.add(row(label, **cost))
-    header, _, ddim, heun, full, floor = lines_of((tmp_path / "report.md").read_text())
-    assert header[-3:] == ["ms per image", "evaluations", "speed-up"]
-    assert [cells[-3:] for cells in (ddim, heun, full)] == [
-        ["10.00", "10", "10.0"], ["20.00", "19", "5.0"], ["100.00", "100", "1.0"],
-    ]  # fmt: skip
-    assert floor[-3:] == ["", "", ""]
-
-
-@pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null"])
-def test_results_that_cannot_be_read_are_not_overwritten(tmp_path, text):
-    (tmp_path / "results.json").write_text(text)
-    with pytest.raises(InputError, match=r"results\.json"):
-        Results(tmp_path)
-    assert (tmp_path / "results.json").read_text() == text
-
-
-def test_the_identity_of_a_score_depends_on_all_of_its_protocol():
-    protocol = {"n": 500, "source": {"seed": 1, "eta": 0.0}, "metrics": ["fid"]}
-    assert cell_id(protocol) == cell_id(json.loads(json.dumps(dict(reversed(protocol.items())))))
-    others = [{**protocol, "n": 501}, {**protocol, "source": {"seed": 2, "eta": 0.0}}, {**protocol, "metrics": ["kid"]}]
-    assert len({cell_id(other) for other in [protocol, *others]}) == 4
