@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from queue import Queue
@@ -20,16 +21,17 @@ def gflop(work) -> float:
 def train(work):
     """train_ddpm.py runs in a thread of its own; its batches wait for `next`."""
     import train_ddpm
+    from utils import utilisation
     from utils.data.batches import Batches
 
+    utilisation.AFTER = math.inf  # once in a run, the machine itself is measured: not here, in one of few rounds
     go, done = Queue(), Queue()
     from_step = Batches.from_step
 
     def held_up(self, step, last):
         for batch in from_step(self, step, last):
             done.put(None)  # the unit before this batch is over; before the first batch, the set-up is
-            if go.get() == "stop":
-                return
+            go.get()
             yield batch
 
     Batches.from_step = held_up
@@ -45,8 +47,7 @@ def train(work):
         except BaseException as error:
             done.put(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     while True:
         error = done.get()
         if error is not None:
