@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -46,7 +47,6 @@ class Contestant:
         )  # fmt: skip
         self.log = scratch / "log.txt"
         self._answer()
-        self.ready = time.perf_counter() - launched
         self.work(1)
         self.first = time.perf_counter() - launched  # from launch to the first step, or to the first images
 
@@ -110,13 +110,14 @@ def gflop(name: str, scratch: Path, preset: str) -> float:
         "batch_size": 1,
         "steps": 1,
     }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)], capture_output=True, text=True
-    )
+    command = [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed; its log ends:\n{(scratch / 'log.txt').read_text()[-3000:]}")
     return json.loads(done.stdout)["gflop"]
 
 
-def make_images(folder: Path, preset: Preset, n: int = 1024) -> None:
+def make_images(folder: Path, preset: Preset, n: int) -> None:
     """Smooth random pictures: speed does not depend on what they show."""
     (folder / "class").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -170,6 +171,15 @@ def table(rows: list[dict], gflops: dict[str, float], best: dict[str, float], st
     return "\n".join(out)
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that are measured, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cifar10")
@@ -187,7 +197,7 @@ def main() -> None:
     rows, ceilings = [], []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        make_images(place / "images", preset)
+        make_images(place / "images", preset, 32 * batch_size)  # an epoch is longer than a round
         gflops = {name: gflop(name, place, options.preset) for name in options.contestants}
         for task in options.tasks:
             small = options.preset == "digits"
@@ -197,11 +207,10 @@ def main() -> None:
     best = {name: median(c[name] for c in ceilings) for name in ceilings[0]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     machine = f"{device}, {torch.get_num_threads()} threads"
-    versions = {name: version(name) for name in PACKAGES}
     text = table(rows, gflops, best, options.steps)
     print(
         f"\n{options.preset}, batch {batch_size}, DDIM with {options.steps} steps; {machine}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ", ".join(f"{name} {number}" for name, number in versions().items())
     )
     print(
         "ceiling: "
@@ -213,7 +222,7 @@ def main() -> None:
         print(f"{row['name']}: going by this, {rate[50]:.4g} images/s by 50 steps, {rate[1000]:.4g} by 1,000")
     if options.out:
         result = {"preset": options.preset, "batch_size": batch_size, "steps": options.steps, "machine": machine}
-        result |= {"versions": versions, "gflop": gflops, "ceiling": best, "rows": rows}
+        result |= {"versions": versions(), "gflop": gflops, "ceiling": best, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
