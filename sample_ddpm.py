@@ -4,7 +4,7 @@
 
 Writes OUT/000000.png, ..., OUT/protocol.json and beside the folder OUT-grid.png. Image i depends on the weights, the
 sampling options, --seed and i alone: not on --micro_batch, the number of processes, or interruptions; the same command
-goes on where it stopped. Of the configuration, train.* and evaluate.* have no effect here.
+goes on where it stopped. Of train.* and evaluate.*, only evaluate.cache_dir has an effect here (compiled code).
 
 modes, and what file i shows:
 """
@@ -119,7 +119,7 @@ def sample(options, weights, keys, notes) -> int:
     job = Job.open(options, weights, keys, accelerator, asked_for)
     precision.set_determinism(precision.wants_determinism("auto"), tf32=job.precision != "no")
     check_folder(folder, job.identity)
-    share = evaluations(weights.config) * n_files // accelerator.num_processes
+    share = evaluations(weights.config) * len(missing(folder, n_files)) // accelerator.num_processes
     job.net = load_network(weights, accelerator.device, share)
     accelerator.wait_for_everyone()  # every process has looked at the folder before the main one changes it
     if accelerator.is_main_process:

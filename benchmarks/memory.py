@@ -33,7 +33,7 @@ def saved_bytes(cfg, batch: int, dtype: torch.dtype | None) -> int:
         weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
         for module in net.modules():
             if isinstance(module, torch.nn.GroupNorm):
-                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
         kept = {}
 
         def pack(tensor):

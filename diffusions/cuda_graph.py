@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 MOST_PIXELS = 2**18  # of a batch, from where on the GPU is busy anyway
 WARM_UP = 2  # calls before one is captured: compilation and the choice of algorithms are over by then
-PAYS = 20  # calls below which capturing one is not worth its time
+PAYS = 20  # calls; capturing one is worth its time for more
 
 
 class Graphed:

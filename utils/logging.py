@@ -112,10 +112,10 @@ class RunLog:
 
     def rate(self, step: int, batch_size: int) -> dict[str, float]:
         """Images per second since the last call; once known, the utilisation (mfu); a compiled network's recompiles."""
-        now, seconds = time.monotonic(), time.monotonic() - self.clock
-        rate = (step - self.clock_step) * batch_size / max(seconds, 1e-9)
-        self.clock, self.clock_step = now, step
-        return {"images_per_second": round(rate, 1)} | self.utilisation(rate) | self.recompiles()
+        rate = (step - self.clock_step) * batch_size / max(time.monotonic() - self.clock, 1e-9)
+        shown = {"images_per_second": round(rate, 1)} | self.utilisation(rate) | self.recompiles()
+        self.clock, self.clock_step = time.monotonic(), step  # without the measurement of the machine
+        return shown
 
     def progress(self, **shown: float) -> None:
         """One step further; numbers beside the bar where any are given."""

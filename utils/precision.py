@@ -74,12 +74,12 @@ def wants_compile(asked: str, flops: Callable[[], float]) -> bool:
 
 
 def training_flops(config: DictConfig) -> float:
-    """Operations of a whole training; infinite where its length is not known before the data is."""
+    """Operations of a whole training in one process; infinite where its length is not known before the data is."""
     train, config = config.train, config.copy()
     if train.n_epochs is not None:
         return math.inf
     config.model.condition, config.model.cross_attn_resolutions = "none", []  # classes are known with the data
-    return 3.0 * network_flops(config) * train.batch_size * train.n_steps
+    return 3.0 * network_flops(config) * train.batch_size * train.n_steps / int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def memory_format(width: int) -> torch.memory_format:

@@ -58,8 +58,9 @@ def start_folder(folder: Path, identity: dict[str, Any], circumstances: dict[str
 
 
 def missing(folder: Path, n: int) -> list[int]:
-    """Which of the samples 0..n-1 are not there yet."""
-    present = {int(match[1]) for path in folder.iterdir() if (match := SAMPLE.fullmatch(path.name))}
+    """Which of the samples 0..n-1 are not there yet; the folder need not be, either."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    present = {int(match[1]) for path in paths if (match := SAMPLE.fullmatch(path.name))}
     return [i for i in range(n) if i not in present]
 
 

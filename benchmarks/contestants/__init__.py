@@ -36,7 +36,11 @@ CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     "plain loop": ("plain_loop", {}, "the DDIM authors' kind of loop: fp32, eager, their network"),
 }
 
-EVALUATE = ("ours", "diffusers", "lucidrains")  # who has a way of its own to features
+EVALUATE = {  # contestant -> how it gets to Inception's features
+    "ours": "ours",
+    "diffusers": "torch-fidelity on PNGs",  # its documentation leaves scores to such tools
+    "lucidrains": "lucidrains",
+}
 
 
 @dataclass(frozen=True)
