@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_ddpm
 from diffusions.process import GaussianDiffusion
-from utils import checkpoint, data, logging  # noqa: F401
+from utils import checkpoint, data, logging, precision  # noqa: F401
 
 ARGS = [*TINY, "--train.mixed_precision", "no", "--train.micro_batch", 3, "--model.dropout", 0]
 ARGS += ["--model.num_res_blocks", 1]
@@ -29,10 +29,12 @@ SHARD = ["--train.shard", "true"]
 
 
 def train(*args: object, cwd: Path, processes: int = 2, prepare: Callable = lambda: None) -> None:
-    """train_ddpm.py without its curves, whose drawing takes longer than the training."""
+    """train_ddpm.py without its curves, whose drawing takes longer than the training, and always in the layout that
+    FSDP2 needs: dropout draws in the order of memory."""
 
     def prepared() -> None:
         logging.draw_curves = lambda *_: None
+        precision.memory_format = lambda width: torch.contiguous_format
         prepare()
 
     forked(train_ddpm.main, *args, cwd=cwd, processes=processes, prepare=prepared)
