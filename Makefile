@@ -28,10 +28,10 @@ demo-text: $(VENV)/.installed  ## train digits that are drawn as a prompt says, 
 	@echo; echo "pictures:"; ls $(abspath $(DEMO))-text/curves.png $(abspath $(DEMO))-text/samples/*.png $(abspath $(DEMO))-text/images/*-grid.png
 	@echo; $(BIN)/python -m utils.report $(DEMO)-text
 
-test: $(VENV)/.installed-dev  ## the default test suite: under 15 minutes on two CPU cores
+test: $(VENV)/.installed-dev  ## the default test suite: about 15 minutes on two CPU cores, 24 on slow ones
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
-bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-pytorch and a plain loop: about 20 minutes on two CPU cores
+bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-pytorch and a plain loop: over half an hour on two CPU cores without bf16
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check denoising-diffusion-pytorch
 	$(BIN)/python benchmarks/speed.py --preset cifar10 --out $(BENCH)/cifar10.json
 	$(BIN)/python benchmarks/speed.py --preset digits --tasks train sample --out $(BENCH)/digits.json

@@ -24,7 +24,7 @@ from models.flops import forward_flops
 from models.layers import Dropout, twice_the_size
 from models.patch_unet import PatchUNet
 from models.unet import UNet
-from utils import compilation, config, precision, utilisation
+from utils import compilation, config, logging, precision, utilisation
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -151,12 +151,30 @@ def test_compilation_is_decided_by_the_work(monkeypatch, asked, gpu, flops, want
     assert precision.wants_compile(asked, lambda: flops) is wanted
 
 
-def test_training_flops_come_from_the_configuration():
+def test_training_flops_come_from_the_configuration(monkeypatch):
     cfg = config.merge(("test", {"train.n_steps": 10, "train.batch_size": 4, "data.image_size": 16}))
     assert precision.training_flops(cfg) == 3 * 10 * 4 * utilisation.network_flops(cfg)
     assert precision.training_flops(config.merge(("test", {"train.n_epochs": 2}))) == math.inf
     of_class = config.merge(("test", {"model.condition": "class"}))  # whose classes are known with the data only
-    assert precision.training_flops(of_class) == precision.training_flops(config.merge())
+    whole = precision.training_flops(config.merge())
+    assert precision.training_flops(of_class) == whole
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert precision.training_flops(of_class) == whole / 4  # of one process
+
+
+def test_the_rate_leaves_out_the_measurement_of_the_machine(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(logging, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def measured(rate):
+        clock.now += 7
+        return {"mfu": rate / 100}
+
+    log = object.__new__(logging.RunLog)
+    log.clock, log.clock_step, log.utilisation, log.recompiles = 0.0, 0, measured, dict
+    for step in (5, 10):
+        clock.now += 2
+        assert log.rate(step, 4) == {"images_per_second": 10.0, "mfu": 0.1}
 
 
 def test_utilisation(monkeypatch):

@@ -135,6 +135,7 @@ def test_missing_counts_only_sample_names(tmp_path):
     for name in ("000001.png", "0002.png", "000003.png.tmp", ".000004.png.tmp", "x000000.png", "000000-grid.png"):
         (tmp_path / name).write_bytes(b"")
     assert missing(tmp_path, 5) == [0, 2, 3, 4]
+    assert missing(tmp_path / "not made yet", 2) == [0, 1]
 
 
 @pytest.mark.parametrize("name, value, shown", [

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from queue import Queue
-
 import torch
 
 
@@ -31,34 +28,16 @@ def gflop(work) -> float:
 def train(work):
     from denoising_diffusion_pytorch import Trainer
 
+    from contestants.held_up import HeldUp
+
     trainer = Trainer(
         build(work), work.images, train_batch_size=work.batch_size, train_num_steps=100_000,
         save_and_sample_every=1_000_000, results_folder=f"{work.scratch}/results", calculate_fid=False,
         amp=work.on("bf16"), mixed_precision_type="bf16",
     )  # fmt: skip
-    go, done, batches = Queue(), Queue(), trainer.dl
-
-    def held_up():
-        for batch in batches:
-            done.put(None)
-            go.get()
-            yield batch
-
-    trainer.dl = held_up()
-
-    def run() -> None:
-        try:
-            trainer.train()
-        except BaseException as error:
-            done.put(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        error = done.get()
-        if error is not None:
-            raise error
-        yield
-        go.put("go")
+    held_up = HeldUp()
+    trainer.dl = held_up.batches(trainer.dl)
+    yield from held_up.units(trainer.train)
 
 
 def sample(work):

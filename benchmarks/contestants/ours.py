@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
 from pathlib import Path
-from queue import Queue
 
 import torch
 
@@ -19,41 +17,20 @@ def gflop(work) -> float:
 
 
 def train(work):
-    """train_ddpm.py runs in a thread of its own; its batches wait for `next`."""
     import train_ddpm
+    from contestants.held_up import HeldUp
     from utils import utilisation
     from utils.data.batches import Batches
 
     utilisation.AFTER = math.inf  # once in a run, the machine itself is measured: not here, in one of few rounds
-    go, done = Queue(), Queue()
-    from_step = Batches.from_step
-
-    def held_up(self, step, last):
-        for batch in from_step(self, step, last):
-            done.put(None)  # the unit before this batch is over; before the first batch, the set-up is
-            go.get()
-            yield batch
-
-    Batches.from_step = held_up
+    held_up, from_step = HeldUp(), Batches.from_step
+    Batches.from_step = lambda self, step, last: held_up.batches(from_step(self, step, last))
     args = ["-c", str(ROOT / "configs" / f"{work.preset.recipe}.yaml"), "-e", f"{work.scratch}/run"]
     args += ["--data.name", "image_folder", "--data.root", work.images, "--data.valid_fraction", "0"]
     args += ["--train.batch_size", str(work.batch_size), "--train.n_steps", "100000"]
     args += [f"--train.{kind}_every" + "=100000" for kind in ("save", "sample", "valid")]
     args += ["--train.compile", "true"] if work.on("compile") else []
-
-    def run() -> None:
-        try:
-            train_ddpm.main(args)
-        except BaseException as error:
-            done.put(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        error = done.get()
-        if error is not None:
-            raise error
-        yield
-        go.put("go")
+    yield from held_up.units(lambda: train_ddpm.main(args))
 
 
 def sample(work):
