@@ -20,11 +20,16 @@ from contextlib import redirect_stderr, redirect_stdout
 resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 root, listed = sys.argv[1:]
 sys.path.insert(0, root)
-import evaluate_ddpm, sample_ddpm, train_ddpm
+import evaluate_ddpm, sample_ddpm, train_ddpm, yaml
 from utils.errors import run_script
 
 def late(*_):
     raise TimeoutError("still busy")
+
+def parsing():
+    began = time.process_time()
+    yaml.safe_load("[" + "1," * 9000 + "1]")
+    return time.process_time() - began
 
 signal.signal(signal.SIGPROF, late)
 for line in open(listed):
@@ -33,7 +38,7 @@ for line in open(listed):
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors=how) for how in ("strict", "backslashreplace"))
     began, status, trace = time.process_time(), None, ""
     try:
-        signal.setitimer(signal.ITIMER_PROF, 4)
+        signal.setitimer(signal.ITIMER_PROF, 10)
         with redirect_stdout(out), redirect_stderr(err):
             run_script(getattr(sys.modules[name], "main"))
     except SystemExit as end:
@@ -43,13 +48,14 @@ for line in open(listed):
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     seconds = time.process_time() - began
+    times = seconds / parsing() if seconds > 0.5 else 1
     texts = []
     for stream in (out, err):
         stream.flush()
         texts.append(stream.buffer.getvalue().decode("utf-8"))
-    print(json.dumps([status, *texts, seconds, trace[-1500:], "torch" in sys.modules]), flush=True)
+    print(json.dumps([status, *texts, times, trace[-1500:], "torch" in sys.modules]), flush=True)
 """
-SOON = 1  # second of CPU
+SOON = 4  # times what PyYAML takes, at that moment and on that machine, to read the longest list of the YAML files
 SCRIPTS = ["train_ddpm", "sample_ddpm", "evaluate_ddpm"]
 OPTIONS = [
     *("--seed", "--eta", "--skip_steps", "--n_samples", "--micro_batch", "--mode", "--load_ema", "--sampler"),
@@ -175,7 +181,7 @@ def command_lines(folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> list[tuple]:
-    """(command line, status, stdout, stderr, seconds of CPU, traceback, whether torch was imported)."""
+    """(command line, status, stdout, stderr, CPU time in parsings of a long list, traceback, torch was imported)."""
     folder = tmp_path_factory.mktemp("lines")
     lines = command_lines(folder)
     listed = folder / "lines.json"
@@ -204,7 +210,7 @@ def test_every_line_is_understood_or_refused(answers):
 
 
 def test_every_line_is_answered_soon_and_without_torch(answers):
-    slow = [(line, seconds) for line, _, _, _, seconds, *_ in answers if seconds > SOON]
+    slow = [(line, times) for line, _, _, _, times, *_ in answers if times > SOON]
     assert not slow
     assert not any(torch for *_, torch in answers)
 
