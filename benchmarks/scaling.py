@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusions import build_process, generate
@@ -113,12 +114,15 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     counts = [n for n in (1, 2) if DEVICE.type == "cpu" or n <= torch.cuda.device_count()]
+    questions = {
+        "image size [pixels], batch 32: ms per update": ((8, 16, 32, 64), lambda size: 1e3 * training(size, 32)),
+        "batch, 16 pixels: ms per update": ((1, 8, 32, 128, 512), lambda batch: 1e3 * training(16, batch)),
+        "ddim steps, 32 images: s": ((5, 10, 20, 50), lambda steps: sampling(steps, 32)),
+        "images, 10 ddim steps: s": ((8, 32, 128, 512), lambda n: sampling(10, n)),
+        "processes, digits, batch 128: images/s": (counts, processes),
+    }
     found = {
-        "image size [pixels], batch 32: ms per update": {s: 1e3 * training(s, 32) for s in (8, 16, 32, 64)},
-        "batch, 16 pixels: ms per update": {b: 1e3 * training(16, b) for b in (1, 8, 32, 128, 512)},
-        "ddim steps, 32 images: s": {s: sampling(s, 32) for s in (5, 10, 20, 50)},
-        "images, 10 ddim steps: s": {n: sampling(10, n) for n in (8, 32, 128, 512)},
-        "processes, digits, batch 128: images/s": {n: processes(n) for n in counts},
+        name: {value: measure(value) for value in tqdm(values, name)} for name, (values, measure) in questions.items()
     }
     flops = {s: forward_flops(network(s)) / 1e9 for s in (8, 16, 32, 64)}
     lines = ["| against | values |", "|---|---|"]

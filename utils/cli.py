@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from utils.config import KEYS, nearest
+from utils.config import KEYS
+from utils.config_key import nearest
 from utils.errors import InputError, is_main_process
 
 

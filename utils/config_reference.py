@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import Parser
-from utils.config import KEYS, KeyInfo
+from utils.config import KEYS
+from utils.config_key import KeyInfo
 from utils.constraints import MAY_CHANGE
 from utils.errors import run_script
 

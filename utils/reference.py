@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from utils import config as schema
 from utils import reference_file
 from utils.checkpoint import write_atomically
+from utils.config_key import nearest
 from utils.data import SPLITS, join, load_splits
 from utils.data.batches import decoded
 from utils.data.image_set import ImageSet
@@ -67,7 +68,7 @@ def open_reference(
         data = own.copy() if same else schema.merge(("command line", asked)).data
         data.name, data.root, split = "image_folder", text, ""
     else:
-        hint = schema.nearest(name, names)
+        hint = nearest(name, names)
         raise InputError(f"{option} {text}: neither a folder nor one of {', '.join(names)}{hint}")
     if split and split not in SPLITS:
         raise InputError(f"{option} {text}: the splits are {', '.join(SPLITS)}")
