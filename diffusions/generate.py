@@ -106,6 +106,7 @@ def generate(
     n_frames: int = 0,
     view: str = "x",
     walk: Walk = from_noise,
+    fill: bool = False,
 ) -> Iterator[Batch]:
     """Generate the images `indices`, `micro_batch` at a time.
 
@@ -123,6 +124,7 @@ def generate(
         n_frames: also return that many moments along the way, evenly spaced, the last one the image.
         view: what frames show: "x" (x_t) or "x0" (its prediction).
         walk: where the images start and how the sampler takes them on; the default starts at noise.
+        fill: other calls have whole micro-batches of that size, so that an only one is filled up to it as well.
 
     For a compiled network the last micro-batch is filled up to the size of the others, and what fills it is dropped.
 
@@ -140,7 +142,7 @@ def generate(
     kept = frame_steps(steps, n_frames)
     indices = torch.as_tensor(indices, dtype=torch.int64)
     model = Graphed(model, steps * -(-len(indices) // micro_batch))
-    fill = is_compiled(model) and len(indices) > micro_batch
+    fill = is_compiled(model) and (fill or len(indices) > micro_batch)
     for rows in torch.arange(len(indices)).split(micro_batch) if len(indices) else ():
         n = len(rows)
         if fill and n < micro_batch:

@@ -16,7 +16,7 @@ from in_process import call, fork, forked, random_weights, refused
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluate_ddpm import main
-from utils import classifier
+from utils import classifier, scoring
 from utils.precision_recall import precision_recall
 
 N, CHUNK = 70, 8  # the last chunk is not full
@@ -71,6 +71,31 @@ def slowly() -> None:
 def made(folder: Path) -> int:
     """Chunks that there are."""
     return len(list((folder / "store").glob("*/*.npy")))
+
+
+def test_a_compiled_network_meets_one_batch_size_in_a_store(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for the last chunk, alone or not: after a kill it is made as before it."""
+    sizes: list[int] = []
+
+    def load(*args: object):
+        net = load_network(*args)
+        net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        net._compiled_call_impl = net._call_impl  # as nn.Module.compile leaves it
+        return net
+
+    load_network = scoring.load_network
+    monkeypatch.setattr(scoring, "load_network", load)
+    args = arguments(inputs, "--micro_batch", CHUNK, "--store", "store", "--metrics", "fid", "--force", n=3 * CHUNK - 2)
+    call(main, *args, cwd=tmp_path)
+    (first,) = rows(tmp_path)
+    assert set(sizes) == {CHUNK}
+    for path in [*sorted((tmp_path / "store").glob("*/*"))[-2:], tmp_path / "out/results.json"]:
+        path.unlink()
+    sizes.clear()
+    call(main, *args, cwd=tmp_path)
+    assert set(sizes) == {CHUNK} and rows(tmp_path)[0]["scores"] == first["scores"]
 
 
 def test_killed_ten_times_and_continued_it_ends_with_the_same_report(inputs: Path, tmp_path: Path) -> None:

@@ -45,11 +45,11 @@ FEW = 10_000  # below this many images FID is far from its value at 50,000
 
 def generated_images(
     accelerator, config: DictConfig, weights, seed: int, chunks: list[list[int]], micro_batch: int | None, cost: Cost,
-    cond: Conditions | None = None,
+    cond: Conditions | None = None, fill: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """This process's images, uint8 [b, C, H, W] at a time; no batch goes over the end of one of the chunks of indices.
 
-    What is made is told to `cost`.
+    What is made is told to `cost`. fill: as for `generate`, for every chunk.
     """
     options = config.sample
     dtype = precision.DTYPES[precision.mixed_precision(options.mixed_precision)]
@@ -59,9 +59,10 @@ def generated_images(
     bar = tqdm(total=n, desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
                disable=not accelerator.is_main_process)  # fmt: skip
     cost.start()
+    more = {"cond": cond, "dtype": dtype, "fill": fill}
     with bar:
         for chunk in chunks:
-            for batch in generate_fitting(net, process, options, chunk, seed, micro_batch, cond=cond, dtype=dtype):
+            for batch in generate_fitting(net, process, options, chunk, seed, micro_batch, **more):
                 bar.update(len(batch.indices))
                 cost.add(evaluations(config) * len(batch.indices))
                 yield batch.images
@@ -262,7 +263,8 @@ class Scorer:
 
         def make(chunks: list[list[int]]) -> Iterator[Tensor]:
             cost.skip(evaluations(cell) * (n - sum(map(len, chunks)) * accelerator.num_processes))
-            batches = generated_images(accelerator, cell, weights, seed, chunks, micro_batch, cost, self.cond)
+            common = (accelerator, cell, weights, seed, chunks, micro_batch, cost, self.cond)
+            batches = generated_images(*common, fill=n > chunk)  # and the last chunk alone, after a kill, as before it
             for indices in chunks:
                 parts: list[Tensor] = []
                 while sum(map(len, parts)) < len(indices):
