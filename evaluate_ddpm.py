@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     add(
         "--reference",
         metavar="NAME|DIR|FILE",
-        help="data set, NAME:train (default), NAME:test or NAME:all, a folder, .npz",
+        help="data set or folder, with :train (default), :test or :all; .npz",
     )
     add("--make_reference", metavar="NAME|DIR", help="write the statistics of this reference to --out FILE.npz instead")
     add("--n_samples", metavar="N", help="images to generate")

@@ -38,6 +38,7 @@ OPTIONS = {
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUT = precision.memory_format(OPTIONS["dim"])
+ALONE, TOGETHER, APART = "1", "2", "2 apart"
 DTYPE = precision.DTYPES[precision.mixed_precision("auto")]
 
 
@@ -82,29 +83,34 @@ def sampling(steps: int, n: int, micro_batch: int = 32) -> float:
     return seconds(lambda: list(generate(net, process, options, range(n), 0, micro_batch, dtype=DTYPE)), 3)
 
 
-def processes(n: int, batch: int = 128) -> float:
-    """Images per second of train_ddpm.py with one global batch; a CPU's cores are divided among the n processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (
-        {} if DEVICE.type == "cuda" else {"ACCELERATE_USE_CPU": "true"}
-    )
+def processes(how: str, batch: int = 128) -> float:
+    """Images per second of train_ddpm.py: of one process, of two with one global batch, and of two that know nothing of
+    each other with half of it each: two without gloo. A CPU's cores are divided among them."""
+    environment, copies = dict(os.environ), 2 if how == APART else 1
+    if DEVICE.type == "cpu":
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads() // copies or 1)}
+    launcher = [sys.executable]
+    if how == TOGETHER:
+        environment["OMP_NUM_THREADS"] = "1"  # as torchrun itself would say; train_ddpm.py divides the cores
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "train_ddpm.py"), "--train.batch_size", str(batch // copies)]
+    command += ["--train.n_steps", "60", "--train.log_every", "10", "--train.n_samples", "1"]
+    command += [f"--train.{kind}_every=1000" for kind in ("sample", "valid", "save")]
     with tempfile.TemporaryDirectory() as place:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        args = [
-            "-e",
-            f"{place}/run",
-            "--train.batch_size",
-            str(batch),
-            "--train.n_steps",
-            "60",
-            "--train.log_every",
-            "10",
-        ]
-        args += [f"--train.{kind}_every=1000" for kind in ("sample", "valid", "save")] + ["--train.n_samples", "1"]
-        command = [*launcher, str(ROOT / "train_ddpm.py"), *args]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{n} processes: training failed; its output ends:\n{done.stderr[-3000:]}")
-        rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").read_text().splitlines()]
+        runs = [Path(place, str(i)) for i in range(copies)]
+        logs = [open(f"{run}.log", "w+") for run in runs]  # noqa: SIM115
+        own = [environment | ({"CUDA_VISIBLE_DEVICES": str(i)} if how == APART else {}) for i in range(copies)]
+        started = [subprocess.Popen([*command, "-e", run], env=e, stderr=log) for run, e, log in zip(runs, own, logs)]
+        for process, log in zip(started, logs):
+            if process.wait():
+                log.seek(0)
+                raise SystemExit(f"{how}: training failed; its log ends:\n{log.read()[-3000:]}")
+        return sum(rate(run) for run in runs)
+
+
+def rate(run: Path) -> float:
+    """Images per second between the log lines of a run, the first apart."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return median([row["images_per_second"] for row in rows if "images_per_second" in row][1:])
 
 
@@ -113,13 +119,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    counts = [n for n in (1, 2) if DEVICE.type == "cpu" or n <= torch.cuda.device_count()]
+    ways = [ALONE, TOGETHER, APART] if DEVICE.type == "cpu" or torch.cuda.device_count() > 1 else [ALONE]
     questions = {
         "image size [pixels], batch 32: ms per update": ((8, 16, 32, 64), lambda size: 1e3 * training(size, 32)),
         "batch, 16 pixels: ms per update": ((1, 8, 32, 128, 512), lambda batch: 1e3 * training(16, batch)),
         "ddim steps, 32 images: s": ((5, 10, 20, 50), lambda steps: sampling(steps, 32)),
         "images, 10 ddim steps: s": ((8, 32, 128, 512), lambda n: sampling(10, n)),
-        "processes, digits, batch 128: images/s": (counts, processes),
+        "processes, digits, batch 128: images/s": (ways, processes),
     }
     found = {
         name: {value: measure(value) for value in tqdm(values, name)} for name, (values, measure) in questions.items()

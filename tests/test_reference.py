@@ -48,6 +48,19 @@ def test_a_folder_is_a_reference(tmp_path):
     assert found.name == f"{tmp_path.name}:train" and data == data_options(valid_fraction=0.5)
 
 
+def test_a_folder_of_splits_gives_each(tmp_path):
+    for split, colors in {"train": ["red", "blue"], "test": ["green"]}.items():
+        (tmp_path / split / "class").mkdir(parents=True)
+        for color in colors:
+            Image.new("RGB", (8, 8), color).save(tmp_path / split / "class" / f"{color}.png")
+    sizes = {end: len(open_reference(f"{tmp_path}{end}", None, {}, 8, 3).images) for end in ("", ":test", ":all")}
+    assert sizes == {"": 2, ":test": 1, ":all": 3}
+    own = data_options(name="image_folder", root=str(tmp_path), image_size=8, channels=3)
+    assert open_reference(f"{tmp_path}:test", own, {}, 8, 3).name == f"{tmp_path.name}:test"
+    with pytest.raises(InputError, match="the splits are train, test, all"):
+        open_reference(f"{tmp_path}:valid", None, {}, 8, 3)
+
+
 def test_another_data_set_takes_its_own_recipe_and_the_size_of_the_images(tmp_path):
     data = data_options(name="image_folder", root=str(tmp_path), image_size=16, channels=3)
     before = data.copy()

@@ -48,7 +48,7 @@ def open_reference(
     channels: int,
     option: str = "--reference",
 ) -> Reference:
-    """`--reference NAME[:SPLIT]` (split train where left out, or test, all) or a folder of images.
+    """`--reference NAME[:SPLIT]` (split train where left out, or test, all) or a folder of images, FOLDER[:SPLIT].
 
     own: the data section of the checkpoint, which holds for its own data set; another one takes its own recipe's.
     asked: data.* keys given for this evaluation; they hold for any data set.
@@ -63,10 +63,11 @@ def open_reference(
     if name.replace("-", "_") in names:
         name = name.replace("-", "_")
         data = own.copy() if own is not None and own.name == name else recipe_data(name, asked)
-    elif Path(text).is_dir() or text.lower().endswith(".zip"):
-        same = own is not None and own.name == "image_folder" and Path(own.root).resolve() == Path(text).resolve()
+    elif _holds_images(text) or _holds_images(name):
+        place, split = (text, "") if _holds_images(text) else (name, split)
+        same = own is not None and own.name == "image_folder" and Path(own.root).resolve() == Path(place).resolve()
         data = own.copy() if same else schema.merge(("command line", asked)).data
-        data.name, data.root, split = "image_folder", text, ""
+        data.name, data.root = "image_folder", place
     else:
         hint = nearest(name, names)
         raise InputError(f"{option} {text}: neither a folder nor one of {', '.join(names)}{hint}")
@@ -75,6 +76,10 @@ def open_reference(
     data.image_size, data.channels = image_size, channels
     splits = load_splits(data)
     return Reference(join(splits, split or "train"), splits["train"], splits.get("test"))
+
+
+def _holds_images(place: str) -> bool:
+    return Path(place).is_dir() or place.lower().endswith(".zip")
 
 
 def recipe_data(name: str, asked: dict[str, Any]) -> DictConfig:
