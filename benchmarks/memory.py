@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import build_model
 from utils import config
+from utils.utilisation import network_flops
 
 STATE = 20  # bytes a parameter, all in float32
 
@@ -51,16 +51,6 @@ def saved_bytes(cfg, batch: int, dtype: torch.dtype | None) -> int:
         return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
 
 
-def multiply_adds(cfg) -> int:
-    """Of one forward pass of one image: convolutions, linear layers and attention."""
-    with torch.device("meta"):
-        net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
-        x = torch.randn(1, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
-        with FlopCounterMode(display=False) as counter:
-            net(x, torch.zeros(1, dtype=torch.int64))
-    return counter.get_total_flops() // 2
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", metavar="CONFIG")
@@ -73,7 +63,7 @@ def main() -> None:
         n = sum(parameter.numel() for parameter in net.parameters())
         image = [saved_bytes(cfg, 2, dtype) - saved_bytes(cfg, 1, dtype) for dtype in (None, torch.bfloat16)]
         fp32, bf16 = (f"{value / 2**20:,.1f} MiB" for value in image)
-        state, work = f"{n * STATE / 2**30:.2f} GiB", f"{multiply_adds(cfg) / 1e9:.3g} G"
+        state, work = f"{n * STATE / 2**30:.2f} GiB", f"{network_flops(cfg) / 2e9:.3g} G"
         print(f"| `{Path(path).stem}` | {n:,} | {state} | {fp32} | {bf16} | {work} |")
 
 

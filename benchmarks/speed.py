@@ -6,6 +6,8 @@ Every contestant does the same work with the same network (its own implementatio
 width of nearly the same arithmetic) in a process of its own. Round after round, each in turn does a few units while the
 others wait, so that what else the machine does meets all alike; medians over the rounds and the spread are printed.
 Memory is the peak of the process (on a GPU: of its allocator). Every round measures the machine's own ceiling too.
+
+contestants:
 """
 
 import argparse
@@ -27,8 +29,10 @@ from torchvision.utils import save_image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from utils.precision import native_bf16  # noqa: E402
+from utils.utilisation import matmul_rate  # noqa: E402
 
 TASKS = ("train", "sample", "evaluate")
+MORE = {"evaluate": 4}  # times the batch, so that what an evaluation pays once, such as data workers, weighs little
 PACKAGES = ("torch", "torchvision", "accelerate", "diffusers", "denoising-diffusion-pytorch", "ema-pytorch")
 
 
@@ -36,16 +40,16 @@ class Contestant:
     """A process that sets up at once and then waits for `work`."""
 
     def __init__(self, name: str, task: str, scratch: Path, images: Path, preset: str, batch_size: int, steps: int):
-        self.name, self.seconds = name, []
+        self.name, self.seconds, self.scratch = name, [], scratch
         scratch.mkdir(parents=True)
         asked = {"name": name, "task": task, "scratch": str(scratch), "images": str(images), "preset": preset}
         asked |= {"batch_size": batch_size, "steps": steps}
         launched = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, cwd=scratch,
-        )  # fmt: skip
-        self.log = scratch / "log.txt"
+        command = [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, cwd=scratch)
+        if task == "gflop":
+            return
         self._answer()
         self.work(1)
         self.first = time.perf_counter() - launched  # from launch to the first step, or to the first images
@@ -53,13 +57,19 @@ class Contestant:
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} failed; its log ends:\n{self.log.read_text()[-3000:]}")
+            raise SystemExit(f"{self.name} failed; its log ends:\n{(self.scratch / 'log.txt').read_text()[-3000:]}")
         return json.loads(line)
 
     def work(self, units: int) -> float:
         """Seconds per unit."""
         print(units, file=self.process.stdin, flush=True)
         return self._answer()["seconds"] / units
+
+    def gflop(self) -> float:
+        """Of one forward pass of one image, where that was its task."""
+        found = self._answer()["gflop"]
+        self.process.wait()
+        return found
 
     def stop(self) -> int:
         """Ends the process; its peak memory [MiB]."""
@@ -74,47 +84,17 @@ def ceiling() -> dict[str, float]:
 
     bf16 where the hardware has it: emulated, it is no ceiling.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n = 8192 if device == "cuda" else 3072
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def best_of(run, times: int = 4) -> float:
-        run()
-        seconds = []
-        for _ in range(times):
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
-    found = {}
-    for name, dtype in [("fp32", torch.float32), ("bf16", torch.bfloat16)][: 2 if native_bf16() else 1]:
-        a = torch.randn(n, n, device=device).to(dtype)
-        found[name] = 2 * n**3 / best_of(lambda: a @ a) / 1e9
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if native_bf16() else {})
+    found = {name: matmul_rate(device, dtype) / 1e9 for name, dtype in dtypes.items()}
     a = torch.randn(2**26, device=device)
-    b = torch.empty_like(a)
-    found["copy"] = 2 * a.numel() * a.element_size() / best_of(lambda: b.copy_(a)) / 1e9
-    return found
-
-
-def gflop(name: str, scratch: Path, preset: str) -> float:
-    """Of one forward pass of one image."""
-    asked = {
-        "name": name,
-        "task": "gflop",
-        "scratch": str(scratch),
-        "images": "",
-        "preset": preset,
-        "batch_size": 1,
-        "steps": 1,
-    }
-    command = [sys.executable, str(HERE / "contestant.py"), json.dumps(asked)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed; its log ends:\n{(scratch / 'log.txt').read_text()[-3000:]}")
-    return json.loads(done.stdout)["gflop"]
+    b, best = torch.empty_like(a), float("inf")
+    for _ in range(5):  # the first warms up
+        start = time.perf_counter()
+        b.copy_(a)
+        b[0].item()
+        best = min(best, time.perf_counter() - start)
+    return found | {"copy": 2 * a.numel() * a.element_size() / best / 1e9}
 
 
 def make_images(folder: Path, preset: Preset, n: int) -> None:
@@ -128,7 +108,7 @@ def make_images(folder: Path, preset: Preset, n: int) -> None:
 
 def measure(task: str, options, place: Path, images: Path, batch_size: int) -> tuple[list[dict], list[dict]]:
     """(a row for each contestant, the ceilings of each round)."""
-    rows, ceilings, contestants = [], [], []
+    rows, ceilings, contestants, batch_size = [], [], [], batch_size * MORE.get(task, 1)
     for i, name in enumerate(options.contestants):
         if task == "evaluate" and name not in EVALUATE:
             continue
@@ -189,14 +169,32 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> str:
+    """Of the code that is measured; "+" for one with changes."""
+    git = lambda *args: subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    described = "\n".join(f"  {name:22}{what}" for name, (_, _, what) in CONTESTANTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__ + described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="cifar10")
     usual = [name for name in CONTESTANTS if "compiled" not in name]
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=usual, metavar="NAME")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up")
-    parser.add_argument("--units", type=int, help="updates, or batches of images, per round (1; digits: 20 or 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--units", type=int, help="updates, or batches of images, per round (1; digits: 10 or 2)")
     steps = 25 if torch.cuda.is_available() else 4  # CUDA graphs are for more than 20
     parser.add_argument("--steps", type=int, default=steps, help=f"of DDIM ({steps}); all steps cost the same")
     parser.add_argument("--batch_size", type=int)
@@ -207,19 +205,21 @@ def main() -> None:
     rows, ceilings = [], []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        make_images(place / "images", preset, 32 * batch_size)  # an epoch is longer than a round
-        gflops = {name: gflop(name, place, options.preset) for name in options.contestants}
+        small = {"train": 10, "sample": 2} if options.preset == "digits" else {}
+        most = given or small.get("train", 1)
+        make_images(place / "images", preset, batch_size * (2 + (options.rounds + 1) * most))  # no epoch ends meanwhile
+        gflops = {
+            name: Contestant(name, "gflop", place / f"gflop{i}", place, options.preset, 1, 1).gflop()
+            for i, name in enumerate(options.contestants)
+        }
         for task in options.tasks:
-            small = options.preset == "digits"
-            options.units = given or ({"train": 20, "sample": 2} if small else {}).get(task, 1)
+            options.units = given or small.get(task, 1)
             found, peaks = measure(task, options, place, place / "images", batch_size)
             rows, ceilings = rows + found, ceilings + peaks
     best = {name: median(c[name] for c in ceilings) for name in ceilings[0]}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    machine = f"{device}, {torch.get_num_threads()} threads"
     text = table(rows, gflops, best, options.steps)
     print(
-        f"\n{options.preset}, batch {batch_size}, DDIM with {options.steps} steps; {machine}; "
+        f"\n{options.preset}, batch {batch_size}, DDIM with {options.steps} steps; {machine()}; commit {commit()}; "
         + ", ".join(f"{name} {number}" for name, number in versions().items())
     )
     print(
@@ -231,8 +231,8 @@ def main() -> None:
         rate = {n: row["per_second"] * options.steps / n for n in (50, 1000)}
         print(f"{row['name']}: going by this, {rate[50]:.4g} images/s by 50 steps, {rate[1000]:.4g} by 1,000")
     if options.out:
-        result = {"preset": options.preset, "batch_size": batch_size, "steps": options.steps, "machine": machine}
-        result |= {"versions": versions(), "gflop": gflops, "ceiling": best, "rows": rows}
+        result = {"preset": options.preset, "batch_size": batch_size, "steps": options.steps, "machine": machine()}
+        result |= {"commit": commit(), "versions": versions(), "gflop": gflops, "ceiling": best, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

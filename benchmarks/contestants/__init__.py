@@ -8,11 +8,12 @@ up. They run in processes of their own (contestant.py).
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 
-# name -> (module, its switches, what they are)
+# name -> (module, its switches, what it is)
 CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     "ours": ("ours", {}, "train_ddpm.py and diffusions.generate at their defaults"),
     "ours, compiled": ("ours", {"compile": True}, "the same with train.compile, sample.compile true"),
@@ -20,7 +21,7 @@ CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     "diffusers, switches": (
         "diffusers_example",
         {"bf16": True, "channels_last": True, "foreach_ema": True, "workers": True},
-        "the same with bf16 where it is native, channels_last, EMAModel(foreach), two data workers",
+        "the same with bf16 where it is native, channels_last, EMAModel(foreach), data workers on more than 2 cores",
     ),
     "diffusers, compiled": (
         "diffusers_example",
@@ -82,10 +83,11 @@ class Work:
     device: torch.device
 
     def on(self, switch: str) -> bool:
-        """bf16 only where the hardware multiplies it: emulated, nobody would switch it on."""
+        """bf16 only where the hardware multiplies it, workers only where there are cores for them."""
         from utils.precision import native_bf16
 
-        return bool(self.switches.get(switch)) and (switch != "bf16" or native_bf16())
+        pays = {"bf16": native_bf16, "workers": lambda: (os.cpu_count() or 1) > 2}.get(switch, lambda: True)
+        return bool(self.switches.get(switch)) and pays()
 
 
 def endless(loader):
@@ -109,7 +111,7 @@ def forward_gflop(net, image_size: int, channels: int, call=lambda net, x, t: ne
 
 
 def is_finite(value: float) -> float:
-    """The loss of a unit; a contestant that diverges has not done the work."""
+    """The loss of a unit of a loop that is written here: one that diverges has not done the work."""
     if not math.isfinite(value):
         raise RuntimeError("the loss is not finite")
     return value
