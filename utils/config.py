@@ -115,7 +115,7 @@ class Train:
     clip_grad_norm: float | None = key(1.0, "largest norm of the whole gradient; null: no clipping", gt=0)
     ema_decay: float = key(0.9999, "decay of the exponential moving average of the weights, per update", ge=0, lt=1)
     ema_warmup: bool = key(True, "decay = min(ema_decay, (1+n)/(10+n)) after n updates")
-    mixed_precision: Precision = key("auto", "auto: the launcher's flag, else bf16 where it is native and pays")
+    mixed_precision: Precision = key("auto", "auto: the launcher's flag, else bf16 where it is native")
     compile: Switch = key("auto", "torch.compile the network (auto: where it is measured to pay)")
     deterministic: Switch = key("auto", "bit-identical resume; auto: true on the CPU")
     shard: bool = key(False, "divide weights, gradients, moments and EMA among the processes (FSDP2)")
@@ -152,7 +152,7 @@ class Sample:
         None, "lowest and highest noise level sigma at which guidance acts; null: everywhere", ge=0
     )
     mixed_precision: Precision = key("auto", "precision of the network while sampling (auto: as train's auto)")
-    compile: Switch = key("auto", "torch.compile the network while sampling")
+    compile: Switch = key("auto", "torch.compile the network while sampling (auto: where it is measured to pay)")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What `auto` means for precision, compilation and determinism: decided by the config and the hardware alone."""
+"""What `auto` means for precision, compilation and determinism: decided by what is asked for and the hardware alone."""
 
 from __future__ import annotations
 
