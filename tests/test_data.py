@@ -77,7 +77,7 @@ def test_digits_take_the_size_and_channels_asked_for(size, channels):
 
 # IDX files
 
-N_IMAGES = {"train": 12, "t10k": 5}
+N_IMAGES = {"train": 12, "t10k": 11}
 GRAY = {split: np.random.RandomState(n).randint(0, 256, (n, 28, 28), np.uint8) for split, n in N_IMAGES.items()}
 
 
