@@ -245,7 +245,7 @@ def test_real_images_in_place_of_generated_ones_are_what_was_asked(untrained, tm
         torch.from_numpy((bunch.images[bunch.target == c] * 255 / 16).round()).byte()[:, None] for c in range(10)
     ]
 
-    def generate(net, process, options, indices, seed, micro_batch, cond, dtype):
+    def generate(net, process, options, indices, seed, micro_batch, cond, dtype, fill):
         from diffusions import Batch
 
         labels = cond(torch.tensor(indices))["label"].tolist()

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, environment
 from in_process import call, random_weights, refused
 from PIL import Image
-from test_explorer import bomb
+from test_upload import bomb
 
 import sample_ddpm
 from utils.explorer.upload import MOST_BYTES
