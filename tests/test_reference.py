@@ -49,6 +49,7 @@ def test_a_folder_is_a_reference(tmp_path):
 
 
 def test_a_folder_of_splits_gives_each(tmp_path):
+    tmp_path = tmp_path / "12:30"
     for split, colors in {"train": ["red", "blue"], "test": ["green"]}.items():
         (tmp_path / split / "class").mkdir(parents=True)
         for color in colors:

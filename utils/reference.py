@@ -57,7 +57,7 @@ def open_reference(
     Raises:
         InputError: neither a data set nor a folder, or a split that does not exist.
     """
-    name, _, split = text.partition(":")
+    name, _, split = text.rpartition(":") if ":" in text else (text, "", "")
     names = [name for name in schema.KEYS["data.name"].choices if name != "image_folder"]
     asked = {key: value for key, value in asked.items() if key.startswith("data.") and key != "data.name"}
     if name.replace("-", "_") in names:
