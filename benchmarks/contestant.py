@@ -43,12 +43,13 @@ def main() -> None:
     os.dup2(log, 2)
 
     import torch
-    from contestants import CONTESTANTS, PRESETS, Work
+    from contestants import CONTESTANTS, PRESETS, SAMPLERS, Work
 
     module, switches, _ = CONTESTANTS[asked["name"]]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preset = PRESETS[asked["preset"]]
-    work = Work(preset, asked["images"], asked["scratch"], asked["batch_size"], asked["steps"], switches, device)
+    preset, task = PRESETS[asked["preset"]], asked["task"]
+    given = {name: asked[name] for name in ("images", "scratch", "batch_size", "steps")}
+    work = Work(preset, **given, sampler=SAMPLERS.get(task, "ddim"), switches=switches, device=device)
     entry = importlib.import_module(f"contestants.{module}")
 
     def wait() -> None:
@@ -58,10 +59,10 @@ def main() -> None:
     def answer(**values) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    if asked["task"] == "gflop":
+    if task == "gflop":
         answer(gflop=entry.gflop(work))
         return
-    units = getattr(entry, asked["task"])(work)
+    units = getattr(entry, "sample" if task in SAMPLERS else task)(work)
     next(units)
     answer(ready=True)
     for line in sys.stdin:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -42,12 +44,13 @@ ALONE, TOGETHER, APART = "1", "2", "2 apart"
 DTYPE = precision.DTYPES[precision.mixed_precision("auto")]
 
 
-def network(size: int):
+def network(size: int) -> torch.nn.Module:
     net = build_model(SimpleNamespace(name="unet", dropout=0.0, **OPTIONS), size, 1).to(DEVICE)
     return net.to(memory_format=LAYOUT)
 
 
-def seconds(run, times: int = 5) -> float:
+def seconds(run: Callable[[], object], times: int = 5) -> float:
+    """That `run` takes: the median, after one that warms up."""
     run()
     found = []
     for _ in range(times):
@@ -60,7 +63,7 @@ def seconds(run, times: int = 5) -> float:
 
 
 def training(size: int, batch: int) -> float:
-    """Seconds of one optimizer update."""
+    """Seconds of one optimizer update: network, loss, gradient and AdamW."""
     net, process = network(size).train(), build_process(config.merge().diffusion)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     images = torch.randint(0, 256, (batch, 1, size, size), dtype=torch.uint8, device=DEVICE)
@@ -96,9 +99,9 @@ def processes(how: str, batch: int = 128) -> float:
     command = [*launcher, str(ROOT / "train_ddpm.py"), "--train.batch_size", str(batch // copies)]
     command += ["--train.n_steps", "60", "--train.log_every", "10", "--train.n_samples", "1"]
     command += [f"--train.{kind}_every=1000" for kind in ("sample", "valid", "save")]
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, ExitStack() as files:
         runs = [Path(place, str(i)) for i in range(copies)]
-        logs = [open(f"{run}.log", "w+") for run in runs]  # noqa: SIM115
+        logs = [files.enter_context(open(f"{run}.log", "w+")) for run in runs]
         own = [environment | ({"CUDA_VISIBLE_DEVICES": str(i)} if how == APART else {}) for i in range(copies)]
         started = [subprocess.Popen([*command, "-e", run], env=e, stderr=log) for run, e, log in zip(runs, own, logs)]
         for process, log in zip(started, logs):
@@ -112,6 +115,22 @@ def rate(run: Path) -> float:
     """Images per second between the log lines of a run, the first apart."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return median([row["images_per_second"] for row in rows if "images_per_second" in row][1:])
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """A curve for each question, and bars for the one about processes."""
+    figure = Figure(figsize=(16, 3.2))
+    for axis, (name, values) in zip(figure.subplots(1, len(found)), found.items()):
+        if name.startswith("processes"):
+            axis.bar(list(values), list(values.values()))
+        else:
+            axis.loglog(list(values), list(values.values()), "o-")
+        what, unit = name.split(": ")
+        axis.set_title(what, fontsize=9)
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -140,16 +159,7 @@ def main() -> None:
     (out / "scaling.md").write_text("\n".join(lines) + "\n")
     (out / "scaling.json").write_text(json.dumps(found | {"gflop": flops}, indent=1) + "\n")
     print("\n".join(lines))
-
-    figure = Figure(figsize=(13, 3.2))
-    for axis, (name, values) in zip(figure.subplots(1, 4), list(found.items())[:4]):
-        axis.loglog(list(values), list(values.values()), "o-")
-        what, unit = name.split(": ")
-        axis.set_title(what, fontsize=9)
-        axis.set_ylabel(unit)
-        axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    figure.savefig(out / "scaling.png", dpi=90)
+    draw(found, out / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py [--preset cifar10|digits] [--contestants ours diffusers ...] [--out speed.json]
 
+Tasks: updates (train), images by DDIM (sample) or DDPM's own sampler (fixed-small), Inception's features (evaluate).
+
 Every contestant does the same work with the same network (its own implementation; denoising-diffusion-pytorch's at the
 width of nearly the same arithmetic) in a process of its own. Round after round, each in turn does a few units while the
 others wait, so that what else the machine does meets all alike; medians over the rounds and the spread are printed.
@@ -23,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from contestants import CONTESTANTS, EVALUATE, PRESETS, Preset
+from contestants import CONTESTANTS, EVALUATE, PRESETS, SAMPLERS, TASKS, Preset
 from torchvision.utils import save_image
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +33,6 @@ sys.path.insert(0, str(HERE.parent))
 from utils.precision import native_bf16  # noqa: E402
 from utils.utilisation import matmul_rate  # noqa: E402
 
-TASKS = ("train", "sample", "evaluate")
 MORE = {"evaluate": 4}  # times the batch, so that what an evaluation pays once, such as data workers, weighs little
 PACKAGES = ("torch", "torchvision", "accelerate", "diffusers", "denoising-diffusion-pytorch", "ema-pytorch")
 
@@ -151,7 +152,7 @@ def table(rows: list[dict], gflops: dict[str, float], best: dict[str, float], st
             rate = row["per_second"]
             of_best = "|"
             if task != "evaluate":
-                achieved = rate * gflops[row["name"]] * {"train": 3, "sample": steps}[task]
+                achieved = rate * gflops[row["name"]] * (3 if task == "train" else steps)
                 of_best = f"{achieved:.0f} | {achieved / best[highest]:.0%}"
             out.append(
                 f"| {task}, {row['name']} | {rate:.4g} ({row['lowest']:.4g} to {row['highest']:.4g}) "
@@ -190,13 +191,15 @@ def main() -> None:
         description=__doc__ + described, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="cifar10")
-    usual = [name for name in CONTESTANTS if "compiled" not in name]
+    on_gpu = torch.cuda.is_available()
+    left_out = {"ours, compiled"} | (set() if on_gpu else {"diffusers, compiled"})  # on GPUs, ours compiles by itself
+    usual = [name for name in CONTESTANTS if name not in left_out]
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=usual, metavar="NAME")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
-    parser.add_argument("--units", type=int, help="updates, or batches of images, per round (1; digits: 10 or 2)")
-    steps = 25 if torch.cuda.is_available() else 4  # CUDA graphs are for more than 20
-    parser.add_argument("--steps", type=int, default=steps, help=f"of DDIM ({steps}); all steps cost the same")
+    parser.add_argument("--units", type=int, help="updates or batches per round (1; digits and GPUs: 10 or 2)")
+    steps = 25 if on_gpu else 4  # CUDA graphs are for more than 20
+    parser.add_argument("--steps", type=int, default=steps, help=f"of the sampler ({steps}); all cost the same")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
@@ -205,21 +208,22 @@ def main() -> None:
     rows, ceilings = [], []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        small = {"train": 10, "sample": 2} if options.preset == "digits" else {}
-        most = given or small.get("train", 1)
+        quick = {"train": 10, "sample": 2, "fixed-small": 2} if options.preset == "digits" or on_gpu else {}
+        most = given or quick.get("train", 1)
         make_images(place / "images", preset, batch_size * (2 + (options.rounds + 1) * most))  # no epoch ends meanwhile
+        print("counting each network's operations", file=sys.stderr)
         gflops = {
             name: Contestant(name, "gflop", place / f"gflop{i}", place, options.preset, 1, 1).gflop()
             for i, name in enumerate(options.contestants)
         }
         for task in options.tasks:
-            options.units = given or small.get(task, 1)
+            options.units = given or quick.get(task, 1)
             found, peaks = measure(task, options, place, place / "images", batch_size)
             rows, ceilings = rows + found, ceilings + peaks
     best = {name: median(c[name] for c in ceilings) for name in ceilings[0]}
     text = table(rows, gflops, best, options.steps)
     print(
-        f"\n{options.preset}, batch {batch_size}, DDIM with {options.steps} steps; {machine()}; commit {commit()}; "
+        f"\n{options.preset}, batch {batch_size}, {options.steps} sampling steps; {machine()}; commit {commit()}; "
         + ", ".join(f"{name} {number}" for name, number in versions().items())
     )
     print(
@@ -227,9 +231,10 @@ def main() -> None:
         + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in best.items())
     )
     print(f"\n{text}\n")
-    for row in (row for row in rows if row["task"] == "sample"):
-        rate = {n: row["per_second"] * options.steps / n for n in (50, 1000)}
-        print(f"{row['name']}: going by this, {rate[50]:.4g} images/s by 50 steps, {rate[1000]:.4g} by 1,000")
+    for row in (row for row in rows if row["task"] in SAMPLERS):
+        n = 50 if row["task"] == "sample" else 1000
+        rate = row["per_second"] * options.steps / n
+        print(f"{row['name']}: going by this, {rate:.4g} images/s by {n} steps of {SAMPLERS[row['task']]}")
     if options.out:
         result = {"preset": options.preset, "batch_size": batch_size, "steps": options.steps, "machine": machine()}
         result |= {"commit": commit(), "versions": versions(), "gflop": gflops, "ceiling": best, "rows": rows}

@@ -61,8 +61,10 @@ class GaussianDiffusion:
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should output under the objective, [B, C, H, W]."""
+        if self.objective != "pred_v":
+            return eps if self.objective == "pred_eps" else x0
         signal, noise, _ = self._at(t, x0)
-        return {"pred_eps": eps, "pred_x0": x0, "pred_v": signal * eps - noise * x0}[self.objective]
+        return signal * eps - noise * x0
 
     def x0_from(self, mean_out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x0 that a network output implies, unclipped; t [B] int64 may differ within the batch."""

@@ -11,8 +11,9 @@ from conftest import ROOT, environment
 
 def test_speed_measures_and_compares(tmp_path: Path) -> None:
     contestants = ["ours", "plain loop"]
-    command = [sys.executable, ROOT / "benchmarks/speed.py", "--preset", "digits", "--tasks", "train", "sample"]
-    command += ["--rounds", "2", "--units", "1", "--batch_size", "4", "--steps", "2"]
+    tasks = ["train", "sample", "fixed-small"]
+    command = [sys.executable, ROOT / "benchmarks/speed.py", "--preset", "digits", "--tasks", *tasks]
+    command += ["--rounds", "1", "--units", "1", "--batch_size", "4", "--steps", "2"]
     command += ["--contestants", *contestants, "--out", tmp_path / "out" / "speed.json"]
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
@@ -20,7 +21,7 @@ def test_speed_measures_and_compares(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "speed.json").read_text())
     rows = {(row["task"], row["name"]): row for row in found["rows"]}
-    assert set(rows) == {(task, name) for task in ("train", "sample") for name in contestants}
+    assert set(rows) == {(task, name) for task in tasks for name in contestants}
     assert all(0 < row["lowest"] <= row["per_second"] <= row["highest"] for row in rows.values())
     assert all(row["first"] > 0 and row["peak_mib"] > 50 for row in rows.values())
     assert found["gflop"]["ours"] == found["gflop"]["plain loop"] and found["ceiling"]["fp32"] > 0
@@ -28,6 +29,7 @@ def test_speed_measures_and_compares(tmp_path: Path) -> None:
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {task}, {name} |")]
         ratio = rows[task, "ours"]["per_second"] / row["per_second"]
         assert float(re.search(r"([\d.]+) x", line)[1]) == round(ratio, 2)
+    assert "images/s by 1000 steps of fixed-small" in done.stdout and "by 50 steps of ddim" in done.stdout
 
 
 def test_a_contestant_that_fails_ends_the_comparison_with_its_own_words(tmp_path: Path) -> None:

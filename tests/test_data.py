@@ -4,6 +4,7 @@ import gzip
 import re
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,6 +302,15 @@ def test_held_out_images_of_a_folder_keep_their_labels(tmp_path):
     seen = [(int(s[i][0, 0, 0]), int(s.labels[i])) for s in sets.values() for i in range(len(s))]
     assert sorted(seen) == [(i, i // 5) for i in range(10)]
     assert sets["train"].content_hash() != sets["test"].content_hash()
+
+
+def test_files_are_read_for_their_hash_once(tmp_path, monkeypatch):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", plain("L", i, (8, 8)))
+    images, read = folder_set(tmp_path)["train"], []
+    monkeypatch.setattr(images, "source", SimpleNamespace(read=lambda i: read.append(i) or b"file"))
+    assert images.content_hash() == images.content_hash()
+    assert read == [0, 1, 2]
 
 
 @pytest.mark.parametrize("keep", [0, 0.05, 0.5, 0.9])

@@ -11,6 +11,7 @@ import torch
 from chaos import same_checkpoint
 from conftest import TINY, run
 from in_process import call
+from safetensors.torch import load_file
 from test_generate import INDICES, PROCESS, STEPS, options, unet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,7 @@ from models.layers import Dropout, twice_the_size
 from models.patch_unet import PatchUNet
 from models.unet import UNet
 from utils import compilation, config, logging, precision, utilisation
+from utils.weights import load_network, open_weights
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -274,6 +276,14 @@ def test_previews_validation_and_training_see_no_more_images_at_a_time_than_trai
     args = [*TINY, "--train.n_steps", 2, "--train.micro_batch", 3, "--train.n_samples", 7, "--train.log_with", "none"]
     call(train_ddpm.main, "-e", "run", *args, cwd=tmp_path)
     assert max(sizes) == 3
+
+
+def test_a_network_that_is_loaded_draws_no_weights(trained):
+    weights, before = open_weights(str(trained), None, []), torch.get_rng_state()
+    net = load_network(weights, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    stored = load_file(weights.file)
+    assert stored and all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
 
 
 def test_twice_the_size_is_nearest_neighbour():

@@ -1,5 +1,6 @@
 """`--micro_batch auto`: sizes that are tried, and what happens when the device runs out of memory."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,22 @@ def test_a_batch_that_does_not_fit_is_halved_and_every_image_keeps_its_condition
     assert [i for batch in batches for i in batch.indices] == list(range(40))
     assert [label for batch in batches for label in batch.label] == [10 * i for i in range(40)]
     assert tried == [16, 8, 8] + [4] * 8
+
+
+def test_what_the_failed_pass_held_is_gone_when_memory_is_given_back(monkeypatch):
+    held, alive_at_release = [], []
+
+    def generate(model, process, options, indices, seed, size, cond):
+        activation = torch.zeros(1)
+        held.append(weakref.ref(activation))
+        if size > 64:
+            raise torch.cuda.OutOfMemoryError
+        yield SimpleNamespace(indices=indices)
+
+    monkeypatch.setattr(micro_batch, "generate", generate)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive_at_release.append(held[0]() is not None))
+    assert len(list(micro_batch.generate_fitting(Network(8), None, None, [0, 1], 0, None))) == 1
+    assert alive_at_release == [False]
 
 
 def test_memory_that_does_not_suffice_for_one_image_is_an_error(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import command, environment, run
 
 from utils.images import read_png
 
@@ -29,6 +29,15 @@ def test_folder_holds_only_samples_and_protocol(tmp_path: Path, trained: Path) -
     assert identity["sampler"] == "fixed-small" and identity["seed"] == 2022
     assert identity["timesteps"] == [999, 749, 499, 249]  # trailing, as the recipe of the digits says
     assert images(tmp_path / "out").shape == (5, 1, 8, 8)
+
+
+def test_sampling_waits_for_no_library_that_it_does_not_need(tmp_path: Path, trained: Path) -> None:
+    args = command("sample_ddpm.py", "--weights", trained, "--n_samples", 2, "--save_dir", tmp_path / "out")
+    env = environment() | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and "torch" in imported
+    assert not imported & {"torchvision", "torch_fidelity", "torch._dynamo", "sklearn", "matplotlib"}
 
 
 def test_images_do_not_depend_on_micro_batch_or_processes(tmp_path: Path, trained: Path) -> None:

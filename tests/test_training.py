@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from chaos import metrics, same_checkpoint
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, command, environment, run
 from safetensors.torch import load_file
 
 from utils import checkpoint
@@ -105,6 +105,23 @@ def test_wall_time_limit_saves_and_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.published(tmp_path / "run")] == ["step000010"]
     run("train_ddpm.py", *args, "-r", "auto", "--train.max_hours", "null", cwd=tmp_path)
     assert [path.name for path in checkpoint.published(tmp_path / "run")][-1] == "step000030"
+
+
+def test_the_first_step_waits_for_no_library_that_it_does_not_need(tmp_path: Path) -> None:
+    args = command("train_ddpm.py", "-e", tmp_path / "run", *TINY, "--train.n_steps", 2)
+    env = environment() | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    before, bar, _ = done.stderr.partition("train: ")
+    imported = {line.rpartition("|")[2].strip() for line in before.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and bar and "torch" in imported
+    assert not imported & {"torchvision", "torch_fidelity", "sklearn", "matplotlib"}
+
+
+def test_a_warm_up_longer_than_the_training_is_told(tmp_path: Path) -> None:
+    args = ["-e", "run", *TINY, "--train.n_steps", 2]
+    done = run("train_ddpm.py", *args, "--train.warmup_steps", 500, cwd=tmp_path)
+    assert "warning: train.warmup_steps = 500 is longer than the training" in done.stderr
+    assert "longer than the training" not in run("train_ddpm.py", "-e", "other", *args[2:], cwd=tmp_path).stderr
 
 
 def test_default_run_without_arguments_uses_the_digits(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -16,6 +17,7 @@ def compile_network(net: nn.Module, config: DictConfig) -> None:
     TORCHINDUCTOR_CACHE_DIR names another folder.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.evaluate.cache_dir, "compiled").resolve()))
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler too
     net.compile()
 
 

@@ -192,6 +192,11 @@ def banner(
     }
     if net.condition is not None:
         lines["condition"] = f"{conditions.describe()}, {opts.condition_dropout:.0%} dropped"
+    if opts.warmup_steps > n_steps:
+        lines["warm-up"] = (
+            f"warning: train.warmup_steps = {opts.warmup_steps:,} is longer than the training, whose learning rate "
+            f"never reaches train.lr = {opts.lr:g}; better, such as --train.warmup_steps {n_steps // 20}"
+        )
     if warning := signal_left(process):
         lines["warning"] = warning
     if start >= n_steps:

@@ -21,6 +21,7 @@ def generate_fitting(
         return
     size, done, cond = first_size(model), 0, more.pop("cond", None)
     while done < len(indices):
+        out_of_memory = False
         try:
             rest = {name: rows[done:] for name, rows in cond.items()} if isinstance(cond, dict) else cond
             for batch in generate(model, process, options, indices[done:], seed, size, rest, **more):
@@ -29,6 +30,8 @@ def generate_fitting(
         except torch.cuda.OutOfMemoryError:
             if size == 1:
                 raise
+            out_of_memory = True
+        if out_of_memory:  # only here does nothing hold the failed pass's tensors any more
             torch.cuda.empty_cache()
             size //= 2
 

@@ -96,7 +96,8 @@ def wants_determinism(asked: str) -> bool:
 def set_determinism(deterministic: bool, tf32: bool = True) -> None:
     """Make every operation repeat bit for bit, or let the fastest one be chosen; TF32 for float32 products on GPUs."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # What torch.use_deterministic_algorithms does, without importing the compiler, which compilation.py tells itself
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time; nothing here reads such memory
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -21,8 +21,10 @@ from utils.data.batches import decoded
 from utils.data.image_set import ImageSet
 from utils.distributed import gather_rows, main_process_first, share
 from utils.errors import InputError
-from utils.fidelity import Extractor, Features
 from utils.reference_file import StoredReference
+
+if TYPE_CHECKING:
+    from utils.fidelity import Extractor, Features  # and torch-fidelity, which takes two seconds to import
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -10,7 +10,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from omegaconf import DictConfig
 from utils.checkpoint import sha256, write_atomically
 from utils.cli import say
 from utils.errors import InputError
-from utils.fidelity import Extractor, Features
+
+if TYPE_CHECKING:
+    from utils.fidelity import Extractor, Features  # and torch-fidelity, which takes two seconds to import
 
 FORMAT = 1
 N_KEPT = 10_000  # features, evenly spaced over the images, for what needs more than the Gaussian

@@ -9,12 +9,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from diffusions import GaussianDiffusion, generate
-from utils import classifier
 from utils.distributed import from_main, share
-from utils.fidelity import scores
 from utils.preview import SEED
-from utils.reference import open_for
-from utils.scoring import Scorer
 
 
 class TrainingScore:
@@ -25,9 +21,13 @@ class TrainingScore:
 
         best: {"step", "score"} of a run that is resumed; `self.best` is the lowest score since its start.
         """
-        self.best = best
+        from utils import classifier  # with the extractors behind them, these take a second to import
+        from utils.reference import open_for
+        from utils.scoring import Scorer
+
+        self.best, self.extractor = best, classifier.NAME
         config = config.copy()
-        config.evaluate.metrics, config.evaluate.feature_extractor = ["fid"], classifier.NAME
+        config.evaluate.metrics, config.evaluate.feature_extractor = ["fid"], self.extractor
         config.evaluate.feature_extractor_weights = None
         is_folder = config.data.name == "image_folder"
         reference = str(Path(config.data.root).resolve()) if is_folder else config.data.name
@@ -40,6 +40,8 @@ class TrainingScore:
         self, step: int, net: nn.Module, process: GaussianDiffusion, micro_batch: int, dtype
     ) -> dict[str, float]:
         """{"fid[dataset-classifier]@N": value}, the same on every process. A collective. Updates `best`."""
+        from utils.fidelity import scores
+
         accelerator = self.scorer.accelerator
         mine = share(self.n, accelerator.process_index, accelerator.num_processes)
         batches = generate(net, process, self.options, mine, SEED, micro_batch, self.scorer.cond, dtype)
@@ -50,4 +52,4 @@ class TrainingScore:
         value = from_main(accelerator, value)
         if math.isfinite(value) and (self.best is None or value < self.best["score"]):
             self.best = {"step": step, "score": value}
-        return {f"fid[{classifier.NAME}]@{self.n}": value}
+        return {f"fid[{self.extractor}]@{self.n}": value}

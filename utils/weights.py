@@ -35,15 +35,17 @@ class Weights:
     origin: str  # what tables call it: the checkpoint's step, the folder, the hub's id
     scores: Path  # where scores of it go when nothing is said
     sets: dict[str, dict[str, Tensor]] | None = None  # of another project's file: each kind, read already
+    digest: str | None = None  # of the file, from the first `sha256` on
 
     def describe(self) -> str:
         return f"{self.origin}/{self.file.name} ({self.kind} weights)"
 
     def sha256(self) -> str:
-        """Of the file; where that holds several kinds, the one in use follows."""
+        """Of the file, as it was when first asked; where that holds several kinds, the one in use follows."""
         from utils.checkpoint import sha256
 
-        return sha256(self.file) + (f" {self.kind}" if self.sets and len(self.sets) > 1 else "")
+        self.digest = self.digest or sha256(self.file)
+        return self.digest + (f" {self.kind}" if self.sets and len(self.sets) > 1 else "")
 
     def kinds(self) -> list[str]:
         """What there is beside each other: EMA and raw, or the one kind in use."""
@@ -206,12 +208,16 @@ def load_network(weights: Weights, device, evaluations: float = 0):
 
     Raises InputError where file and architecture differ.
     """
+    import torch
+
     from models import build_model
     from models.flops import forward_flops
     from utils import checkpoint, compilation, precision
 
     cfg = weights.config
-    net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
+    with torch.device("meta"):  # no initial weights are drawn, which takes longer than to read these
+        net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
+    net = net.to_empty(device="cpu")
     checkpoint.load_weights(net, weights.tensors(), weights.file)
     net = net.to(device, memory_format=precision.memory_format(cfg.model.dim))
     if precision.wants_compile(cfg.sample.compile, lambda: evaluations * forward_flops(net)):

@@ -1,8 +1,8 @@
 """Who is measured: each a module of generators, `train(work)` and so on, that do a unit of work per `next`.
 
-A unit of `train` is one optimizer update, of `sample` one batch of images by `work.steps` steps of DDIM, of `evaluate`
-Inception's features of one batch of images. Each generator yields once before its first unit, when everything is set
-up. They run in processes of their own (contestant.py).
+A unit of `train` is one optimizer update, of `sample` one batch of images by `work.steps` steps of `work.sampler`, of
+`evaluate` Inception's features of one batch of images. Each generator yields once before its first unit, when
+everything is set up. They run in processes of their own (contestant.py).
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ CONTESTANTS: dict[str, tuple[str, dict, str]] = {
     ),
     "plain loop": ("plain_loop", {}, "the DDIM authors' kind of loop: fp32, eager, their network"),
 }
+
+TASKS = ("train", "sample", "fixed-small", "evaluate")
+SAMPLERS = {"sample": "ddim", "fixed-small": "fixed-small"}  # task -> sampler
 
 EVALUATE = {  # contestant -> how it gets to Inception's features
     "ours": "ours",
@@ -78,7 +81,8 @@ class Work:
     images: str  # a folder of PNGs to train on
     scratch: str  # a folder of its own
     batch_size: int
-    steps: int  # of DDIM
+    sampler: str  # ddim or fixed-small
+    steps: int  # of the sampler
     switches: dict
     device: torch.device
 

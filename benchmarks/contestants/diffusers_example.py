@@ -101,12 +101,14 @@ def train(work):
 
 
 def sample(work):
-    from diffusers import DDIMPipeline, DDIMScheduler
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
     net = build(work).eval()
     if work.on("compile"):
         net = torch.compile(net)
-    pipeline = DDIMPipeline(net, DDIMScheduler(1000, beta_schedule="linear")).to(work.device)
+    kinds = {"ddim": (DDIMPipeline, DDIMScheduler), "fixed-small": (DDPMPipeline, DDPMScheduler)}
+    of, scheduler = kinds[work.sampler]
+    pipeline = of(net, scheduler(1000, beta_schedule="linear")).to(work.device)  # DDPMScheduler's default: fixed_small
     yield
     while True:
         with torch.autocast(work.device.type, torch.bfloat16, enabled=work.on("bf16")):  # bf16 weights end in an error

@@ -42,6 +42,8 @@ def train(work):
 
 def sample(work):
     diffusion = build(work).to(work.device).eval()
+    if work.sampler == "fixed-small":  # the last of its 1,000 steps
+        diffusion.is_ddim_sampling, diffusion.num_timesteps = False, work.steps
     yield
     while True:
         with torch.inference_mode(), torch.autocast(work.device.type, torch.bfloat16, enabled=work.on("bf16")):

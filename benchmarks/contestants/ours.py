@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+JOB = 50_000  # images: as for so many, sample_ddpm.py decides whether to compile
 
 
 def gflop(work) -> float:
@@ -40,6 +41,7 @@ def sample(work):
 
     from diffusions import build_process
     from models import build_model
+    from models.flops import forward_flops
     from utils import config, precision
     from utils.distributed import use_all_cores
     from utils.micro_batch import generate_fitting
@@ -47,12 +49,13 @@ def sample(work):
     use_all_cores()
     recipe = ROOT / "configs" / f"{work.preset.recipe}.yaml"
     cfg = config.merge((str(recipe), config.read_yaml(recipe)))
-    cfg.sample = OmegaConf.merge(cfg.sample, {"sampler": "ddim", "skip_type": "uniform", "skip_steps": work.steps})
+    asked = {"sampler": work.sampler, "skip_type": "uniform", "skip_steps": work.steps}
+    cfg.sample = OmegaConf.merge(cfg.sample, asked)
     name = precision.mixed_precision("auto")
     precision.set_determinism(precision.wants_determinism("auto"), tf32=name != "no")
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels)
     net = net.to(work.device, memory_format=precision.memory_format(cfg.model.dim)).eval().requires_grad_(False)
-    if work.on("compile"):
+    if precision.wants_compile("true" if work.on("compile") else "auto", lambda: JOB * work.steps * forward_flops(net)):
         net.compile()
     process, first = build_process(cfg.diffusion), 0
     yield

@@ -74,6 +74,11 @@ def sample(work):
                 a_next = alpha_bar[t_next] if t_next >= 0 else torch.ones((), device=work.device)
                 eps = net(x, torch.full((len(x),), t, device=work.device))
                 x0 = (x - eps * (1 - a).sqrt()) / a.sqrt()
-                x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
+                if work.sampler == "ddim":
+                    x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
+                    continue
+                beta = 1 - a / a_next
+                mean = (a_next.sqrt() * beta * x0.clamp(-1, 1) + (1 - beta).sqrt() * (1 - a_next) * x) / (1 - a)
+                x = mean + (beta * (1 - a_next) / (1 - a)).sqrt() * torch.randn_like(x)
         ((x.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,8 +50,9 @@ class EncodedSet(ImageSet):
     def n_bytes(self) -> int:
         return len(self) * self.channels * self.size**2
 
-    def content_hash(self) -> str:
-        """Over the files' bytes and what they become, without decoding them."""
+    @cached_property
+    def _content_hash(self) -> str:
+        """SHA-256 over the files' bytes and what they become, without decoding them."""
         how = "" if self.prepare is fit else f" {self.prepare.__name__}"
         digest = hashlib.sha256(f"{self.size} {self.channels}{how}".encode())
         for i in self.ids.tolist():

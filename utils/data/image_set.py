@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 
 class ImageSet:
@@ -49,7 +49,12 @@ class ImageSet:
         return self.images.numel()
 
     def content_hash(self) -> str:
-        """SHA-256 over the pixels and labels: the identity of caches and protocols."""
+        """The identity of caches and protocols; computed once."""
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
+        """SHA-256 over the pixels and labels."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         digest.update(self.images.contiguous().numpy().tobytes())
         if self.labels is not None:
@@ -71,6 +76,8 @@ def fit(images: Tensor, size: int) -> Tensor:
     """uint8 [..., C, H, W] -> [..., C, size, size]: shorter side resized (antialiased bicubic), then the centre cut."""
     if tuple(images.shape[-2:]) == (size, size):
         return images
+    from torchvision.transforms.v2 import functional as transforms  # takes a second, which images that fit don't need
+
     images = transforms.resize(images, [size], transforms.InterpolationMode.BICUBIC, antialias=True)
     return transforms.center_crop(images, [size, size])
 
@@ -80,6 +87,8 @@ def fit_bilinear(image: Tensor, size: int) -> Tensor:
 
     The same filter on tensors rounds half a percent of the levels otherwise.
     """
+    from torchvision.transforms.v2 import functional as transforms
+
     resized = transforms.resize(transforms.to_pil_image(image), [size], transforms.InterpolationMode.BILINEAR)
     return transforms.pil_to_tensor(transforms.center_crop(resized, [size, size]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,22 +26,13 @@ from utils.pictures import Job, decoding
 from utils.weights import Weights, load_network
 
 
-@dataclass
-class KnownWeights(Weights):
-    """Weights whose hash was taken once: their file may be pruned while the page is open."""
-
-    digest: str = ""
-
-    def sha256(self) -> str:
-        return self.digest
-
-
 class Explorer:
     """A network on its device, and what can be asked of it. Its methods may be called from many threads at once."""
 
     def __init__(self, weights: Weights, accelerator, fixed: list[str], sampling) -> None:
         """fixed: arguments that every command has; sampling: the module sample_ddpm."""
-        self.weights = KnownWeights(**vars(weights), digest=weights.sha256())
+        self.weights = weights
+        weights.sha256()  # now: its file may be pruned while the page is open
         self.fixed, self.sampling, self.accelerator = fixed, sampling, accelerator
         self.net = load_network(weights, accelerator.device)
         mode = precision.mixed_precision(weights.config.sample.mixed_precision)

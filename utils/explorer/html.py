@@ -8,9 +8,9 @@ from html import escape
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import encode_png
 
 from utils.errors import one_line
+from utils.images import encode_png
 
 WIDEST = 1024  # side of a picture on the page [pixels]; downloads are not reduced
 
@@ -49,7 +49,7 @@ def data_uri(picture: Tensor) -> str:
     if (side := max(picture.shape[-2:])) > WIDEST:
         size = [max(1, round(length * WIDEST / side)) for length in picture.shape[-2:]]
         picture = F.interpolate(picture[None].float(), size, mode="area")[0].round().byte()
-    data = encode_png(picture.contiguous(), compression_level=1).numpy().tobytes()
+    data = encode_png(picture, compression_level=1)
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
