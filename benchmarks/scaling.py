@@ -125,10 +125,13 @@ def draw(found: dict[str, dict], path: Path) -> None:
             axis.bar(list(values), list(values.values()))
         else:
             axis.loglog(list(values), list(values.values()), "o-")
+            axis.set_xticks(list(values), [f"{value:g}" for value in values])
+            axis.set_yticks(list(values.values()), [f"{value:.3g}" for value in values.values()])
+            axis.minorticks_off()
         what, unit = name.split(": ")
         axis.set_title(what, fontsize=9)
         axis.set_ylabel(unit)
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 

@@ -73,7 +73,8 @@ def test_the_commands_of_a_card_work(run: Path, to: str) -> None:
     assert len(lines) == 1 + (to == "native")
     scripts = {"sample_ddpm.py": sample_ddpm.main, "train_ddpm.py": train_ddpm.main}
     for _, _, script, *words in lines:
-        words = [word.replace("PATH", str(run.parent / f"out-{to}")).replace("64", "2") for word in words]
+        out = str(run.parent / f"out-{to}")
+        words = ["2" if word == "64" else word.replace("PATH", out) for word in words]
         more = ["--skip_steps", 2] if script == "sample_ddpm.py" else ["--print_config"]
         call(scripts[script], *words, *more, cwd=run.parent)
 
