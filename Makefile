@@ -31,7 +31,7 @@ demo-text: $(VENV)/.installed  ## train digits that are drawn as a prompt says, 
 test: $(VENV)/.installed-dev  ## the default test suite: about 15 minutes on two CPU cores, 24 on slow ones
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
-bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-pytorch and a plain loop: an hour on two CPU cores without bf16
+bench: $(VENV)/.installed-dev  ## speed beside diffusers, denoising-diffusion-pytorch and a plain loop: about an hour on two CPU cores without bf16
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check denoising-diffusion-pytorch
 	$(BIN)/python benchmarks/speed.py --preset cifar10 --out $(BENCH)/cifar10.json
 	$(BIN)/python benchmarks/speed.py --preset digits --tasks train sample fixed-small --out $(BENCH)/digits.json

@@ -60,7 +60,8 @@ def write_png(path: Path, picture: Tensor) -> None:
 
 def read_png(path: Path) -> Tensor:
     """uint8 [C, H, W] as stored."""
-    pixels = np.array(Image.open(path))
+    with Image.open(path) as image:
+        pixels = np.array(image)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
