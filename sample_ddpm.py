@@ -120,7 +120,7 @@ def sample(options, weights, keys, notes) -> int:
     precision.set_determinism(precision.wants_determinism("auto"), tf32=job.precision != "no")
     check_folder(folder, job.identity)
     share = evaluations(weights.config) * len(missing(folder, n_files)) // accelerator.num_processes
-    job.net = load_network(weights, accelerator.device, share)
+    job.net = load_network(weights, accelerator.device, precision.DTYPES[job.precision], share)
     accelerator.wait_for_everyone()  # every process has looked at the folder before the main one changes it
     if accelerator.is_main_process:
         start_folder(folder, job.identity, circumstances(weights, accelerator) | {"source": options.source})

@@ -74,7 +74,7 @@ def train(run) -> int:
     accelerator = distributed.start(resolved["mixed_precision"], log_with=tracker, project_dir=run.folder)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     dtype, sharding = precision.DTYPES[resolved["mixed_precision"]], Sharding(accelerator, opts.shard)
-    layout = torch.contiguous_format if sharding.on else precision.memory_format(cfg.model.dim)  # FSDP2 wants it
+    layout = torch.contiguous_format if sharding.on else torch.channels_last  # FSDP2 wants the first
 
     with distributed.main_process_first(accelerator):  # one downloads
         splits = load_splits(cfg.data)

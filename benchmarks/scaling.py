@@ -39,14 +39,13 @@ OPTIONS = {
     "norm_groups": 8,
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LAYOUT = precision.memory_format(OPTIONS["dim"])
 ALONE, TOGETHER, APART = "1", "2", "2 apart"
 DTYPE = precision.DTYPES[precision.mixed_precision("auto")]
 
 
 def network(size: int) -> torch.nn.Module:
     net = build_model(SimpleNamespace(name="unet", dropout=0.0, **OPTIONS), size, 1).to(DEVICE)
-    return net.to(memory_format=LAYOUT)
+    return net.to(memory_format=torch.channels_last)
 
 
 def seconds(run: Callable[[], object], times: int = 5) -> float:
@@ -71,7 +70,7 @@ def training(size: int, batch: int) -> float:
 
     def step() -> None:
         with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE is not None):
-            loss = process.loss(net, to_unit(images).contiguous(memory_format=LAYOUT), t, eps).mean()
+            loss = process.loss(net, to_unit(images).contiguous(memory_format=torch.channels_last), t, eps).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,7 +1,9 @@
-"""SiLU(GroupNorm(x + emb)) as one operation, by a kernel of its own on GPUs.
+"""SiLU(GroupNorm(x + emb)) as one operation, by kernels of its own.
 
 cuDNN's convolutions want channels_last; PyTorch's GroupNorm on GPUs copies its input and hands on another layout. The
-kernel takes batches of at least BATCH images, or images of at most PIXELS; all else, and all on CPUs, is PyTorch's.
+GPU's kernel takes batches of at least BATCH images, or images of at most PIXELS. On CPUs PyTorch's is several times as
+slow in channels_last as the memory is; the CPU's kernel takes that layout where there is a compiler to build it. All
+else is PyTorch's.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import norm_silu_cpu
+
 BATCH, PIXELS = 64, 1024  # a program per image: with fewer and larger ones, most of the GPU would wait
 KERNEL = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if KERNEL:
@@ -19,11 +23,31 @@ if KERNEL:
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation, of x + emb if an embedding is given, and SiLU after it if asked."""
+    """Group normalisation, of x + emb if an embedding is given; then scale and shift, SiLU and dropout, if asked."""
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, silu: bool = False) -> Tensor:
-        """x [B, C, H, W] and emb [B, C] (or None) -> [B, C, H, W]."""
-        return norm_silu(self, x, emb, silu)
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor | None = None,
+        silu: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        dropout: nn.Dropout | None = None,
+    ) -> Tensor:
+        """x [B, C, H, W]; emb, scale, shift [B, C] -> dropout(SiLU(norm(x + emb) (1 + scale) + shift)), x's shape."""
+        if norm_silu_cpu.takes(x):
+            weight, bias = self.weight, self.bias
+            if scale is not None:
+                more = 1 + scale.float()
+                weight, bias = weight * more, bias * more + shift
+            p = dropout.p if dropout is not None and dropout.training else 0.0
+            return norm_silu_cpu.norm_silu(x, emb, weight, bias, self.num_groups, self.eps, silu, p)
+        if scale is None:
+            h = norm_silu(self, x, emb, silu)
+        else:
+            h = norm_silu(self, x, emb, silu=False) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+            h = F.silu(h) if silu else h
+        return h if dropout is None else dropout(h)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, emb: Tensor | None = None, silu: bool = True) -> Tensor:

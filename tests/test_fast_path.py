@@ -22,46 +22,11 @@ from diffusions.generate import generate
 from diffusions.process import GaussianDiffusion
 from models import build_model
 from models.flops import forward_flops
-from models.layers import Dropout, twice_the_size
+from models.layers import twice_the_size
 from models.patch_unet import PatchUNet
 from models.unet import UNet
 from utils import compilation, config, logging, precision, utilisation
 from utils.weights import load_network, open_weights
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("p", [0.1, 0.3])
-def test_dropout_drops_and_scales(layout, p):
-    torch.manual_seed(0)
-    x = torch.randn(16, 8, 33, 35).contiguous(memory_format=layout).requires_grad_()
-    layer = Dropout(p)
-    y = layer(x)
-    kept = y != 0
-    n = x.numel()
-    assert abs((~kept).sum().item() - n * p) < 5 * math.sqrt(n * p * (1 - p))
-    torch.testing.assert_close(y[kept], x[kept] / (1 - p), rtol=1e-4, atol=0)
-    y.backward(torch.ones_like(y))
-    torch.testing.assert_close(x.grad, kept / (1 - p), rtol=1e-4, atol=0)
-    for dim in range(4):  # neighbours are independent of each other
-        together = (kept.narrow(dim, 1, x.shape[dim] - 1) & kept.narrow(dim, 0, x.shape[dim] - 1)).float().mean().item()
-        assert abs(together - (1 - p) ** 2) < 0.01
-    assert torch.equal(layer.eval()(x), x)
-
-
-def test_dropout_is_a_function_of_the_generator():
-    x, layer = torch.randn(2, 8, 4, 4), Dropout(0.5)
-    draw = lambda seed: (torch.manual_seed(seed), layer(x))[1]
-    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
-    strided = torch.randn(8, 8, 4, 4)[::2]  # not dense: PyTorch's own
-    assert layer(strided).shape == strided.shape
-
-
-@pytest.mark.parametrize("capability, dim, last", [("AVX2", 32, True), ("AVX512", 32, False), ("AVX512", 96, True)])
-def test_the_layout_is_chosen_by_hardware_and_width(monkeypatch, capability, dim, last):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(precision, "on_gpu", lambda: False)
-    chosen = precision.memory_format(dim)
-    assert chosen == (torch.channels_last if last else torch.contiguous_format)
 
 
 def test_flops_are_those_of_a_forward_pass():

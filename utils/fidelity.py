@@ -17,10 +17,8 @@ from torch_fidelity.utils import create_feature_extractor
 from utils import classifier
 from utils.checkpoint import sha256
 from utils.errors import InputError
-from utils.precision import memory_format
 from utils.precision_recall import precision_recall
 
-NARROWEST = 32  # convolution of Inception-v3
 Features = dict[str, Tensor]  # layer -> float32 [N, D], on the CPU
 Statistics = dict[str, np.ndarray]  # mu [D], sigma [D, D]
 
@@ -85,7 +83,7 @@ def open_extractor(
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{weights or name} does not hold the weights of {name}: {first}") from None
     if device.type == "cpu" and name != classifier.NAME:  # that one is small: nothing to gain
-        net.to(memory_format=memory_format(NARROWEST))
+        net.to(memory_format=torch.channels_last)
     digest = sha256(Path(weights)) if weights is not None else None
     return Extractor(name, digest, layers, net, device, batch_size)
 

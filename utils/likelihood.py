@@ -67,7 +67,8 @@ def bound_row(
     say(f"bpd, {chain}: {n:,} images of {images.name}, {process.total_steps} network evaluations each")
     rows = torch.arange(n) * len(images) // n
     dtype = precision.DTYPES[precision_name]
-    denoise = denoiser(load_network(weights, accelerator.device), process, config.sample.clip_denoised, dtype)
+    net = load_network(weights, accelerator.device, dtype)
+    denoise = denoiser(net, process, config.sample.clip_denoised, dtype)
     chosen = images.subset(rows, images.name)
     terms, spread = mean_terms(accelerator, denoise, process, chosen, rows, seed, CHAINS[chain], micro_batch)
     return {

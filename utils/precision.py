@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from utils.errors import InputError
 from utils.utilisation import network_flops
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS = 1e16  # operations: on an H200, 3 minutes eager at the measured 57 TFLOP/s and 35 seconds compiled
-NARROW = 96  # below this width a CPU with AVX-512 gains nothing from channels_last (measured: docs/performance.md)
 
 
 def resolve(config: DictConfig, stored: dict[str, Any] | None) -> dict[str, Any]:
@@ -82,10 +82,14 @@ def training_flops(config: DictConfig) -> float:
     return 3.0 * network_flops(config) * train.batch_size * train.n_steps / int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def memory_format(width: int) -> torch.memory_format:
-    """channels_last where convolutions of `width` channels, the narrowest of a network, run faster in it."""
-    pays = on_gpu() or width >= NARROW or torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return torch.channels_last if pays else torch.contiguous_format
+def keep_cast(net: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep the convolutions' weights as autocast to `dtype` would cast them anew at every evaluation: same results.
+
+    The network can then no longer be evaluated without autocast. None: nothing is cast.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and dtype is not None:
+            module.to(dtype)
 
 
 def wants_determinism(asked: str) -> bool:

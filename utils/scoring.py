@@ -54,7 +54,7 @@ def generated_images(
     options = config.sample
     dtype = precision.DTYPES[precision.mixed_precision(options.mixed_precision)]
     process, n = build_process(config.diffusion), sum(map(len, chunks))
-    net = load_network(weights, accelerator.device, evaluations(config) * n)
+    net = load_network(weights, accelerator.device, dtype, evaluations(config) * n)
     steps = options.skip_steps or process.total_steps
     bar = tqdm(total=n, desc=f"{options.sampler}-{steps}", unit="img", file=sys.stderr,
                disable=not accelerator.is_main_process)  # fmt: skip

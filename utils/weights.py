@@ -203,8 +203,10 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def load_network(weights: Weights, device, evaluations: float = 0):
+def load_network(weights: Weights, device, dtype=None, evaluations: float = 0):
     """The network in eval mode on `device`, compiled where it pays for so many evaluations of an image.
+
+    dtype: what evaluations of it are autocast to, always (`precision.keep_cast`); None: nothing, or not always that.
 
     Raises InputError where file and architecture differ.
     """
@@ -219,7 +221,8 @@ def load_network(weights: Weights, device, evaluations: float = 0):
         net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
     net = net.to_empty(device="cpu")
     checkpoint.load_weights(net, weights.tensors(), weights.file)
-    net = net.to(device, memory_format=precision.memory_format(cfg.model.dim))
+    net = net.to(device, memory_format=torch.channels_last)
+    precision.keep_cast(net, dtype)
     if precision.wants_compile(cfg.sample.compile, lambda: evaluations * forward_flops(net)):
         compilation.compile_network(net, cfg)
     return net.eval().requires_grad_(False)

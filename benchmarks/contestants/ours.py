@@ -54,7 +54,8 @@ def sample(work):
     name = precision.mixed_precision("auto")
     precision.set_determinism(precision.wants_determinism("auto"), tf32=name != "no")
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels)
-    net = net.to(work.device, memory_format=precision.memory_format(cfg.model.dim)).eval().requires_grad_(False)
+    net = net.to(work.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    precision.keep_cast(net, precision.DTYPES[name])
     if precision.wants_compile("true" if work.on("compile") else "auto", lambda: JOB * work.steps * forward_flops(net)):
         net.compile()
     process, first = build_process(cfg.diffusion), 0
