@@ -74,7 +74,6 @@ def train(run) -> int:
     accelerator = distributed.start(resolved["mixed_precision"], log_with=tracker, project_dir=run.folder)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     dtype, sharding = precision.DTYPES[resolved["mixed_precision"]], Sharding(accelerator, opts.shard)
-    layout = torch.contiguous_format if sharding.on else torch.channels_last  # FSDP2 wants the first
 
     with distributed.main_process_first(accelerator):  # one downloads
         splits = load_splits(cfg.data)
@@ -88,7 +87,8 @@ def train(run) -> int:
 
     torch.manual_seed(cfg.seed)
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels, cfg.diffusion.learn_variance)
-    net = net.to(sharding.start_device(), memory_format=layout)
+    weights_layout = torch.contiguous_format if sharding.on else torch.channels_last  # FSDP2 divides only the first
+    net = net.to(sharding.start_device(), memory_format=weights_layout)
     net.gradient_checkpointing = opts.gradient_checkpointing
     process = build_process(cfg.diffusion)
     ema = build_ema(net, opts)
@@ -113,7 +113,7 @@ def train(run) -> int:
     model.train()
     with log, stop, profile:
         for step, (positions, images) in enumerate(batches.from_step(start, n_steps), start):
-            x0 = to_unit(images).contiguous(memory_format=layout)
+            x0 = to_unit(images).contiguous(memory_format=torch.channels_last)
             t = draw_timesteps(cfg.seed, positions, process.total_steps, cfg.diffusion.t_sampling, device)
             eps = randn(cfg.seed, positions, DRAW_EPS, tuple(x0.shape[1:]), device)
             lr = set_lr(optimizer, step, n_steps, opts)

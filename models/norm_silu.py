@@ -2,8 +2,8 @@
 
 cuDNN's convolutions want channels_last; PyTorch's GroupNorm on GPUs copies its input and hands on another layout. The
 GPU's kernel takes batches of at least BATCH images, or images of at most PIXELS. On CPUs PyTorch's is several times as
-slow in channels_last as the memory is; the CPU's kernel takes that layout where there is a compiler to build it. All
-else is PyTorch's.
+slow in channels_last as the memory is; the CPU's kernel works where there is a compiler to build it. All else is
+PyTorch's.
 """
 
 from __future__ import annotations

@@ -77,7 +77,6 @@ def takes(x: Tensor) -> bool:
         x.device.type == "cpu"
         and len(x) > 0  # a process may have no images
         and x.dtype in (torch.float32, torch.bfloat16)
-        and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
         and library() is not None
     )
@@ -86,11 +85,12 @@ def takes(x: Tensor) -> bool:
 def norm_silu(
     x: Tensor, emb: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dropout: float = 0
 ) -> Tensor:
-    """x [B, C, H, W] in channels_last, float32 or bfloat16, and emb [B, C] -> SiLU(GroupNorm(x + emb)), in x's type.
+    """x [B, C, H, W], float32 or bfloat16, and emb [B, C] -> SiLU(GroupNorm(x + emb)), in x's type and channels_last.
 
     weight and bias: [C], or [B, C] where each image has its own. Without `silu` the norm alone. dropout: a probability;
     what is dropped is a function of PyTorch's generator.
     """
+    x = x.contiguous(memory_format=torch.channels_last)
     emb = None if emb is None else emb.float().contiguous()
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     drop = _drop(dropout) if dropout else NO_DROP
@@ -125,7 +125,7 @@ class _NormSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled():
-            raise RuntimeError("the CPU's norm has no second derivatives: let weights and images be contiguous")
+            raise RuntimeError("the CPU's norm has second derivatives in float64 only")
         x, weight, bias, stats = ctx.saved_tensors
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, sums = torch.empty_like(x), x.new_empty((3, len(x), x.shape[1]), dtype=torch.float32)

@@ -76,6 +76,7 @@ def random_weights(folder: Path, **changes: object) -> Path:
 
 def call(main: Callable, *args: object, cwd: Path, status: int = 0) -> SimpleNamespace:
     """A script's main in a folder, as its command line would run it; checks the exit status."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier call may have had another precision
     out, err = io.StringIO(), io.StringIO()
     deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

@@ -35,7 +35,6 @@ def fp16(monkeypatch):
     monkeypatch.setattr(precision, "on_gpu", lambda: True)
     monkeypatch.setattr(precision, "wants_compile", lambda asked, flops: False)
     monkeypatch.setattr(precision, "wants_determinism", lambda asked: True)
-    monkeypatch.setattr(precision, "memory_format", lambda width: torch.contiguous_format)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -71,6 +71,13 @@ def test_large_means_do_not_cancel():
     assert (y.double() - F.group_norm(x.double(), 4, eps=1e-6)).abs().max() < 1e-4
 
 
+def test_any_layout_is_taken():
+    x, norm = torch.randn(4, 64, 8, 8), Norm(32, 64)
+    y = norm(x, silu=True)
+    for same in (x.contiguous(memory_format=torch.channels_last), x.repeat(1, 2, 1, 1)[:, :64], x.mT.contiguous().mT):
+        assert torch.equal(norm(same, silu=True), y)
+
+
 def test_what_is_not_finite_stays_so():
     x = last(2, 32, 4, 4)
     x[0, 0, 0, 0], x[1, 8, 0, 0] = math.nan, math.inf
@@ -92,7 +99,7 @@ def test_an_adaptive_block_equals_the_plain_formula():
     h = F.group_norm(h, 8, block.norm2.weight, block.norm2.bias, 1e-6) * (1 + scale) + shift
     expected = x + block.conv2(F.silu(h))
     torch.testing.assert_close(block(x, temb), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(block(x.contiguous(), temb), expected, rtol=1e-5, atol=1e-5)  # PyTorch's norm
+    torch.testing.assert_close(block(x.contiguous(), temb), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3])
@@ -166,10 +173,10 @@ def test_without_it_pytorch_does_the_work(no_library, monkeypatch, reason):
 def test_what_it_does_not_take():
     x = last(2, 32, 8, 8)
     assert norm_silu_cpu.takes(x) and norm_silu_cpu.takes(x.bfloat16())
-    for other in (x.double(), x.contiguous(), x[:, :16], x[:0], x.to("meta")):
+    for other in (x.double(), x.half(), x[:0], x.to("meta")):
         assert not norm_silu_cpu.takes(other)
     x.requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivatives"):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(Norm(8, 32)(x, silu=True).sum(), x, create_graph=True)
 
 

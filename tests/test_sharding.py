@@ -29,12 +29,10 @@ SHARD = ["--train.shard", "true"]
 
 
 def train(*args: object, cwd: Path, processes: int = 2, prepare: Callable = lambda: None) -> None:
-    """train_ddpm.py without its curves, whose drawing takes longer than the training, and always in the layout that
-    FSDP2 needs: dropout draws in the order of memory."""
+    """train_ddpm.py without its curves, whose drawing takes longer than the training."""
 
     def prepared() -> None:
         logging.draw_curves = lambda *_: None
-        precision.memory_format = lambda width: torch.contiguous_format
         prepare()
 
     forked(train_ddpm.main, *args, cwd=cwd, processes=processes, prepare=prepared)
