@@ -92,24 +92,25 @@ void forward(const T* x, const float* emb, const float* weight, const float* bia
     y += start_of_image;
     weight += s.per_image ? image * C : 0;
     bias += s.per_image ? image * C : 0;
-    std::vector<double> mean(count), squares(count);  // of each channel, and the squares around it
+    std::vector<double> mean(count), squares(count);  // of each channel's pixels so far, and the squares around it
     for (long start = 0; start < s.pixels; start += BLOCK)
         for (long c = first; c < last; c += N) {
             const long n = std::min<long>(N, last - c), end = std::min(start + BLOCK, s.pixels);
-            const Floats near = load(x + c, n);  // a value near the mean: squares around it do not cancel
             Floats sum = {}, power = {};
+            for (long p = start; p < end; p++) sum += load(x + p * C + c, n);
+            const Floats near = sum * (1.0f / (end - start));  // squares around it do not cancel
             for (long p = start; p < end; p++) {
                 const Floats away = load(x + p * C + c, n) - near;
-                sum += away;
                 power += away * away;
             }
-            for (long i = 0; i < n; i++) mean[c - first + i] += sum[i], squares[c - first + i] += power[i];
+            const double share = double(end - start) / end;
+            for (long i = 0; i < n; i++) {
+                const double away = near[i] - mean[c - first + i];
+                mean[c - first + i] += away * share;
+                squares[c - first + i] += power[i] + away * away * share * start;
+            }
         }
-    for (long i = 0; i < count; i++) {
-        const double away = mean[i] / s.pixels;
-        squares[i] -= mean[i] * away;
-        mean[i] = away + load(x + first + i, 1)[0] + (emb ? emb[image * C + first + i] : 0);
-    }
+    for (long i = 0; emb && i < count; i++) mean[i] += emb[image * C + first + i];
     std::vector<float> centre(count), rstd(count);
     for (long c = 0; c < count; c += width) {
         double sum = 0, around = 0;

@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled file's functions."""
     try:
         built = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
     for function, types in ((built.norm_silu, FORWARD), (built.norm_silu_backward, BACKWARD)):
         function.argtypes, function.restype = types, None

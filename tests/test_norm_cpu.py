@@ -69,6 +69,9 @@ def test_large_means_do_not_cancel():
     x = 1000 + last(2, 32, 16, 16)
     y = Norm(4, 32, eps=1e-6)(x)
     assert (y.double() - F.group_norm(x.double(), 4, eps=1e-6)).abs().max() < 1e-4
+    x[0, :, 0, 0], x[1, :, 9, 9] = 1e4, -1e4  # nor around a pixel that is far from the others
+    y = Norm(4, 32, eps=1e-6)(x)
+    assert (y.double() - F.group_norm(x.double(), 4, eps=1e-6)).abs().max() < 1e-4
 
 
 def test_any_layout_is_taken():
