@@ -28,6 +28,8 @@ from models.unet import UNet
 from utils import compilation, config, logging, precision, utilisation
 from utils.weights import load_network, open_weights
 
+BF16 = torch.bfloat16
+
 
 def test_flops_are_those_of_a_forward_pass():
     options = SimpleNamespace(
@@ -43,6 +45,16 @@ def test_flops_are_those_of_a_forward_pass():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.compiler.disable(net.forward)(torch.randn(1, 3, 8, 8).double(), torch.zeros(1, dtype=torch.int64))
     assert found == counter.get_total_flops()
+
+
+def test_weights_that_are_kept_cast_give_the_same_images():
+    images = lambda net: torch.cat([b.images for b in generate(net, PROCESS, options(), INDICES, 1, 4, dtype=BF16)])
+    net, expected = unet(), images(unet())
+    precision.keep_cast(net, None)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    precision.keep_cast(net, BF16)
+    assert net.conv_in.weight.dtype == BF16 and net.norm_out.weight.dtype == torch.float32
+    assert torch.equal(images(net), expected)
 
 
 def test_patch_unet_sees_each_pixel_and_has_the_variance_second():
