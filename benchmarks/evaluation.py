@@ -42,8 +42,8 @@ def overhead(path: str, reference: str, n: int, steps: int, rounds: int) -> None
     weights = open_weights(path, None, [("benchmark", asked)])
     cfg = weights.config
     scorer = Scorer.open(accelerator, cfg, open_for(accelerator, cfg, reference, None, {}), n, None, False)
-    net, process = load_network(weights, accelerator.device), build_process(cfg.diffusion)
     dtype = precision.DTYPES[precision.mixed_precision(cfg.sample.mixed_precision)]
+    net, process = load_network(weights, accelerator.device, dtype), build_process(cfg.diffusion)
     options = SimpleNamespace(micro_batch=None, store=None)
     size, channels = cfg.data.image_size, cfg.data.channels
     noise = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8)

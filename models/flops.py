@@ -13,7 +13,7 @@ def forward_flops(net: nn.Module) -> int:
     Convolutions, matrix products and attention are counted; a training step takes about three times as many. `net` has
     in_channels and image_size.
     """
-    outline = copy.deepcopy(net).to("meta").eval()
+    outline = copy.deepcopy(net).to("meta").float().eval()
     outline._compiled_call_impl = None
     x = torch.empty(1, net.in_channels, net.image_size, net.image_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,8 +1,9 @@
 // dropout(SiLU(GroupNorm(x + emb))) of channels_last tensors on CPUs, and its gradient; norm_silu_cpu.py builds it.
 //
-// An image is read twice, the second time from the cache; the output of the norm is not kept for the backward pass.
+// An image is read from memory once, and then from the cache; the output of the norm is not kept for the backward pass.
 // Sums are float32 over BLOCK pixels, then float64, in an order that depends neither on the batch nor on the threads.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,7 +48,7 @@ inline void store(bf16* to, Floats v, long n) {  // rounded to nearest, ties to 
     else for (long i = 0; i < n; i++) to[i].bits = halves[i];
 }
 
-inline Floats sigmoid(Floats z) {  // 1 / (1 + e^-z), to 2e-7 of it; 0 below -80
+inline Floats sigmoid(Floats z) {  // 1 / (1 + e^-z), to 2e-7 of it; 0 below -80, 1 above 17
     Floats y = z < -80 ? Floats{} + 80 : z > 80 ? Floats{} - 80 : -z;
     const float ROUND = 12582912;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
     Floats k = (y * 1.44269504f + ROUND) - ROUND;
@@ -58,7 +59,7 @@ inline Floats sigmoid(Floats z) {  // 1 / (1 + e^-z), to 2e-7 of it; 0 below -80
     e = e * (Floats)((__builtin_convertvector(k, Ints) + 127) << 23);
     Floats d = 1 + e, inverse = (Floats)(0x7ef311c7 - (Ints)d);  // a guess within 13 %; each round squares its error
     for (int i = 0; i < 3; i++) inverse = inverse * (2 - d * inverse);
-    return z < -80 ? Floats{} : z == z ? inverse : z;
+    return z < -80 ? Floats{} : z > 17 ? Floats{} + 1 : z == z ? inverse : z;
 }
 
 struct Drop {  // what happens to an entry is a function of the key and of where it is
@@ -83,7 +84,7 @@ struct Shape {
     long width() const { return channels / groups; }
 };
 
-// y, and where the gradient is wanted stats [batch, 2, channels]: the group's mean less emb, and 1 / standard deviation.
+// y, and where the gradient is wanted stats [batch, 2, channels]: the group's mean less emb, 1 / standard deviation.
 template <class T, bool SILU>
 void forward(const T* x, const float* emb, const float* weight, const float* bias, T* y, float* stats, Shape s,
              float eps, Drop drop, long image, long first, long last) {

@@ -1,7 +1,7 @@
 """norm_silu_cpu.cpp, compiled when it is first needed and kept for later starts, as an operation with a gradient.
 
-It takes a second, once for each kind of processor, into TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions. Where
-there is no compiler (CXX, or else g++), or it fails, `library` gives None, and PyTorch's own operations do the work.
+It takes two seconds, once for each kind of processor, into TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions.
+Where there is no compiler (CXX, or else g++), or it fails, a warning says so, and PyTorch's own operations do the work.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,24 +35,29 @@ NO_DROP = (0, 0, 0, 1.0)
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled file's functions."""
+    """The compiled file's functions; None: they can't be had, which is said once."""
     try:
-        built = ctypes.CDLL(str(_built()))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
+        try:
+            built = ctypes.CDLL(str(_built()))
+        except OSError:  # a damaged file, or nothing that another try could mend
+            built = ctypes.CDLL(str(_built(again=True)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        warnings.warn(f"slower norms (CXX = a C++ compiler gives faster ones): {said.splitlines()[0]}", stacklevel=2)
         return None
     for function, types in ((built.norm_silu, FORWARD), (built.norm_silu_backward, BACKWARD)):
         function.argtypes, function.restype = types, None
     return built
 
 
-def _built() -> Path:
-    """The compiled file, made if there is none yet. Raises OSError or SubprocessError."""
-    compiler = os.environ.get("CXX", "g++")
+def _built(again: bool = False) -> Path:
+    """The compiled file, made if there is none yet, or `again`. Raises OSError, RuntimeError or SubprocessError."""
+    compiler = os.environ.get("CXX") or "g++"
     made_of = (compiler, *FLAGS, _processor(), SOURCE.read_text())
     name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions") / "ddpm"
     built = folder / f"norm_silu-{name}.so"
-    if not built.exists():
+    if again or not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch, "norm_silu.so")
@@ -75,6 +81,8 @@ def takes(x: Tensor) -> bool:
     """Whether `norm_silu` is for such an input."""
     return (
         x.device.type == "cpu"
+        and type(x) is Tensor  # one with memory of its own, as FakeTensors have not
+        and not torch._C._are_functorch_transforms_active()
         and len(x) > 0  # a process may have no images
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()

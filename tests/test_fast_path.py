@@ -55,6 +55,7 @@ def test_weights_that_are_kept_cast_give_the_same_images():
     precision.keep_cast(net, BF16)
     assert net.conv_in.weight.dtype == BF16 and net.norm_out.weight.dtype == torch.float32
     assert torch.equal(images(net), expected)
+    assert forward_flops(net) == forward_flops(unet())
 
 
 def test_patch_unet_sees_each_pixel_and_has_the_variance_second():

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusions import GaussianDiffusion, time_grid
+from models import norm_silu_cpu
 from utils.captions import Asked
 
 CONDITIONAL = ("classes", "adaptive_norm", "cross_attn_resolutions", "text_dim", "text_layers", "text_length")
@@ -64,7 +65,9 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, norms of {'PyTorch' if norm_silu_cpu.library() is None else 'our kernel'}"
 
 
 def circumstances(weights, accelerator) -> dict[str, Any]:

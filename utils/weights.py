@@ -222,7 +222,7 @@ def load_network(weights: Weights, device, dtype=None, evaluations: float = 0):
     net = net.to_empty(device="cpu")
     checkpoint.load_weights(net, weights.tensors(), weights.file)
     net = net.to(device, memory_format=torch.channels_last)
-    precision.keep_cast(net, dtype)
     if precision.wants_compile(cfg.sample.compile, lambda: evaluations * forward_flops(net)):
         compilation.compile_network(net, cfg)
+    precision.keep_cast(net, dtype)
     return net.eval().requires_grad_(False)

@@ -55,9 +55,9 @@ def sample(work):
     precision.set_determinism(precision.wants_determinism("auto"), tf32=name != "no")
     net = build_model(cfg.model, cfg.data.image_size, cfg.data.channels)
     net = net.to(work.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    precision.keep_cast(net, precision.DTYPES[name])
     if precision.wants_compile("true" if work.on("compile") else "auto", lambda: JOB * work.steps * forward_flops(net)):
         net.compile()
+    precision.keep_cast(net, precision.DTYPES[name])
     process, first = build_process(cfg.diffusion), 0
     yield
     while True:
