@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from conftest import ROOT, environment
 from safetensors.torch import save_file
 
@@ -76,6 +76,7 @@ def random_weights(folder: Path, **changes: object) -> Path:
 
 def call(main: Callable, *args: object, cwd: Path, status: int = 0) -> SimpleNamespace:
     """A script's main in a folder, as its command line would run it; checks the exit status."""
+    held = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState)]
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier call may have had another precision
     out, err = io.StringIO(), io.StringIO()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -86,6 +87,10 @@ def call(main: Callable, *args: object, cwd: Path, status: int = 0) -> SimpleNam
         with pytest.raises(SystemExit) as end:
             run_script(main)
     torch.use_deterministic_algorithms(deterministic)
+    for state, before in held:  # for who holds an Accelerator from before
+        if before:
+            state._shared_state.clear()
+            state._shared_state.update(before)
     done = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
     assert end.value.code == status, f"status {end.value.code}\n{done.stdout}\n{done.stderr}"
     return done
