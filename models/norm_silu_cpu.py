@@ -1,7 +1,7 @@
 """norm_silu_cpu.cpp, compiled when it is first needed and kept for later starts, as an operation with a gradient.
 
 It takes two seconds, once for each kind of processor, into TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions.
-Where there is no compiler (CXX, or else g++), or it fails, a warning says so, and PyTorch's own operations do the work.
+Where there is no compiler (CXX, or else g++), or it fails, a line says so, and PyTorch's own operations do the work.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import itertools
 import os
 import platform
 import subprocess
+import sys
 import tempfile
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def library() -> ctypes.CDLL | None:
             built = ctypes.CDLL(str(_built(again=True)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-        warnings.warn(f"slower norms (CXX = a C++ compiler gives faster ones): {said.splitlines()[0]}", stacklevel=2)
+        reason = said.splitlines()[0]
+        print(f"warning: norms are PyTorch's, slower in bf16 (CXX can name a C++ compiler): {reason}", file=sys.stderr)
         return None
     for function, types in ((built.norm_silu, FORWARD), (built.norm_silu_backward, BACKWARD)):
         function.argtypes, function.restype = types, None
