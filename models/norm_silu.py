@@ -1,9 +1,9 @@
 """SiLU(GroupNorm(x + emb)) as one operation, by kernels of its own.
 
 cuDNN's convolutions want channels_last; PyTorch's GroupNorm on GPUs copies its input and hands on another layout. The
-GPU's kernel takes batches of at least BATCH images, or images of at most PIXELS. On CPUs PyTorch's
-in bf16 and channels_last takes 1.3 to 25 times as long as the CPU's kernel (docs/performance.md), which works where
-there is a compiler to build it. All else is PyTorch's.
+GPU's kernel takes batches of at least BATCH images, or images of at most PIXELS. On CPUs, PyTorch's takes 1.3 to 25
+times as long as the CPU's kernel in bf16 and channels_last (docs/performance.md), which works where there is a compiler
+to build it. All else is PyTorch's.
 """
 
 from __future__ import annotations
